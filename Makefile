@@ -3,9 +3,10 @@
 # make fast        the same with the tests that train nothing: under two minutes
 # make lint        set up, lint, check types
 # make gpu-check   every check and measurement that needs a CUDA GPU       make gpu-check ARGS="--only correctness"
+#   WHEELS=FOLDER      with what that folder has of packages that are missing here; no .venv, no network
 # make gpu-proof   every kernel compiled for real cards, without one       make gpu-proof ARGS="--quick --archs 90"
 # make export-check  llama.cpp beside this project on an exported model; installs its Python package once, into .llama/
-#   WHEELS=FOLDER      with what that folder has of packages that are missing here; no .venv, no network
+# make harness-check  scores beside lm-evaluation-harness; installs it once, into .harness/
 # make wheels      download those wheels for Python 3.12 on x86-64 Linux (into wheels/, or WHEELS=FOLDER)
 # PYTHON=python3 after any of them uses that Python with the packages it has, and makes no .venv.
 # TORCH=2.11.0 after any of them makes .venv with that PyTorch in place of the lock's.
@@ -16,13 +17,16 @@ PYTEST_ARGS = -n 2 --dist worksteal
 FAST = $(addprefix tests/, text/test_readers.py text/test_rows.py kernels/test_ops.py engine/test_optim.py engine/test_precision.py \
 	tasks/test_metrics.py tasks/test_objectives.py tasks/test_order.py test_dataset.py test_imports.py test_model.py \
 	test_options.py test_size.py)
+# lm-evaluation-harness and what it needs of packages, without their own: typepy wants another python-dateutil than the lock's.
+HARNESS = lm-eval==0.4.13 evaluate pytablewriter DataProperty mbstrdecoder tabledata tcolorpy 'typepy<2' pathvalidate sqlitedict \
+	word2number more-itertools 'chardet<7' 'python-dateutil<3' pytz
 # The Python that will install the wheels.
 TARGET = 3.12
 # Another PyTorch than the lock's, and the Triton that belongs to it.
 TORCH =
 TRITON = $(if $(filter 2.11.%,$(TORCH)),3.6.0,3.7.1)
 
-.PHONY: train test fast gpu-check gpu-proof export-check wheels lint setup clean
+.PHONY: train test fast gpu-check gpu-proof export-check harness-check wheels lint setup clean
 .SILENT:
 
 ifeq ($(origin PYTHON),command line)
@@ -80,6 +84,10 @@ export-check: $(SETUP)
 	[ -d .llama/xllamacpp ] || $(PYTHON) -m pip install --quiet --target .llama --no-deps xllamacpp
 	$(PYTHON) train_gpt2.py --preset micro --steps 60 --device cpu --no-compile --out runs/export-check > /dev/null
 	PYTHONPATH=.llama $(PYTHON) -m benchmarks.export_check runs/export-check
+
+harness-check: $(SETUP)
+	[ -d .harness/lm_eval ] || $(PYTHON) -m pip install --quiet --target .harness --no-deps $(HARNESS)
+	PYTHONPATH=.harness $(PYTHON) -m pytest -q tests/test_evaluate.py -k harness
 
 setup:
 	set -e; { read -r sum && read -r files; } 2> /dev/null < .venv/installed || sum=; \

@@ -230,7 +230,7 @@ def find_training(config: EvaluateConfig, where: Path) -> Training | str:
     """The training data of --train-data or of the run that wrote the checkpoint `where`, or why it
     is not known."""
     from storage.checkpoint import RECORD
-    from text.corpus import files_of, files_sha256
+    from text.files import files_of, files_sha256
 
     if config.train_data:
         files_of(config.train_data)

@@ -34,7 +34,8 @@ from engine import data
 from storage import cache, shards
 from storage.foreign import read_value
 from storage.shards import token_dtype
-from text import corpus
+from text import corpus, tokenizing
+from text.files import find_files, is_hidden
 from text.tokenizer import Tokenizer, load_tokenizer
 
 TEXT_PER_TOKEN = 4.0  # bytes of English text per GPT-2 token, rounded down
@@ -110,7 +111,7 @@ def _check(cfg: PrepConfig) -> Path:
 def _check_out(cfg: PrepConfig, out: Path) -> None:
     """Raises UserError if this program would overwrite files of other programs in the folder."""
     is_ours = any(_state(out / name) for name in STATES)
-    if not is_ours and any(not corpus.is_hidden(file.name) for file in out.glob("*.bin")):
+    if not is_ours and any(not is_hidden(file.name) for file in out.glob("*.bin")):
         raise UserError(f"{out} holds shards that this program did not make; give another --out")
     saved, given = (out / "tokenizer").resolve(), Path(cfg.tokenizer).resolve()
     if (
@@ -154,7 +155,7 @@ def _say(line: str) -> None:
 
 
 def _prepare(cfg: PrepConfig, out: Path) -> None:
-    files = corpus.find_files(cfg.input) if cfg.input else []
+    files = find_files(cfg.input) if cfg.input else []
     tokenizer = load_tokenizer(cfg.tokenizer, 1)
     settings = _settings(cfg, tokenizer, files)
     if _is_finished(out, settings):
@@ -291,8 +292,11 @@ def _tokenize(
         out, _shard_name, tokenizer, cfg.shard_tokens, run.finished, first=len(run.shards)
     )
     skip, written, limit = run.skip, run.tokens, cfg.max_tokens or sys.maxsize
-    results = corpus.tokenize(corpus.chunks(source, run.state), tokenizer, workers)
-    with contextlib.closing(results), corpus.Progress("tokenizing", source.total, _say) as progress:
+    results = tokenizing.tokenize(tokenizing.chunks(source, run.state), tokenizer, workers)
+    with (
+        contextlib.closing(results),
+        tokenizing.Progress("tokenizing", source.total, _say) as progress,
+    ):
         for chunk, tokens, _ in results:
             part = tokens[skip : skip + limit - written]
             run.begin(chunk.state, skip)

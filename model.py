@@ -127,17 +127,17 @@ class Attention(nn.Module):
         query_index: Tensor | None,
     ) -> Tensor:
         """x (B, T, n_embd) to the same shape; with query_index (B,), to (B, 1, n_embd)."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         dropout = self.dropout if self.training else 0.0
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         if self.ops.packed_attention and mask is None and extend is no_extension:
+            qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
             y = self.ops.packed_attention(qkv, segments, dropout)  # (B, T, n_head, head_dim)
         else:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, n_head, T, head_dim)
+            q, k, v = self.ops.split_heads(self.c_attn.product, x, self.c_attn.bias, self.n_head)
             if query_index is not None:
                 q = pick(q.transpose(1, 2), query_index).transpose(1, 2)
             y = self.ops.attention(q, *extend(k, v), mask, dropout).transpose(1, 2)
-        return self.resid_dropout(self.c_proj(y.reshape(B, -1, C)))
+        return self.resid_dropout(self.c_proj(y.flatten(2)))
 
 
 class MLP(nn.Module):

@@ -113,6 +113,11 @@ def read_info(folder: str | Path) -> ClassifierInfo | None:
     return ClassifierInfo(entries.text("task") or "", labels, form, pooling, words, seq_len, cut)
 
 
+def is_classifier(folder: str | Path) -> bool:
+    """Whether a folder holds a classifier, of this project or of transformers."""
+    return read_info(folder) is not None or find(folder) is not None
+
+
 def find(folder: str | Path) -> tuple[ClassifierInfo, dict[str, Tensor]] | None:
     """The info and the head's tensors of a classifier's folder, written by this project or by
     transformers. None if the folder has no head. Raises UserError for missing weights."""

@@ -96,15 +96,18 @@ def short_number(value: float, digits: int = 3) -> str:
 
 
 def smooth(series: Series) -> Series:
-    """The centred running median over a fortieth of the points, at least five."""
+    """The centred running median over a fortieth of the points, at least five, and then the running
+    mean over as many. The median takes out spikes, and the mean the steps of the median."""
     import numpy as np
 
     if len(series) < 5:
         return series
     half = max(2, len(series) // 80)
-    y = np.pad([y for _, y in series], half, mode="reflect")
-    medians = np.median(np.lib.stride_tricks.sliding_window_view(y, 2 * half + 1), axis=1)
-    return [(x, float(m)) for (x, _), m in zip(series, medians, strict=True)]
+    y = np.array([y for _, y in series])
+    for average in (np.median, np.mean):
+        padded = np.pad(y, half, mode="reflect")
+        y = average(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
+    return [(x, float(m)) for (x, _), m in zip(series, y, strict=True)]
 
 
 def limits(all_series: Sequence[Series], from_zero: bool = False) -> tuple[float, float] | None:

@@ -1,6 +1,6 @@
 """Ways to compute a block's MLP that a GPU must measure before the engine may take one of them.
 
-benchmarks.kernels runs them as forms of `mlp`, beside PyTorch, torch.compile and this engine. Each
+benchmarks.operations has them as forms of `mlp`, beside PyTorch, torch.compile and this engine. Each
 takes x (M, C), the weights (4C, C) and (C, 4C) and the biases (4C,) and (C,), and returns (M, C).
 """
 

@@ -19,9 +19,8 @@ import functools
 import json
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,10 +39,10 @@ from benchmarks.contenders import (
     silence_transformers,
     step_of,
 )
-from benchmarks.harness import OURS, Budget, Results, Turns, alternate, cells, ratio, say, spread
+from benchmarks.harness import OURS, Budget, Results, Turns, race, ratio, spread, spread_columns
 from benchmarks.machine import facts
-from benchmarks.steps import COLUMNS, Case, Shape, Step, Trainer, compare, row_cells
-from benchmarks.table import markdown
+from benchmarks.steps import Case, Shape, Step, Trainer, compare, figure_columns, trainer_column
+from benchmarks.table import Column, Row, table
 from config import (
     CountOrNone,
     PathOrName,
@@ -78,7 +77,6 @@ PADDING_PARTS = 3  # the padding gets as much time as this many contenders
 # of the logarithm, then the limits.
 LOG_LENGTH, SHORTEST, LONGEST = (3.2, 0.57), 2, 97
 DRAWN_ROWS = 2048
-TOGETHER = 8  # steps in a turn
 # Ways to make batches, besides this engine's. transformers' Trainer uses the second by default and
 # the third as an option.
 SET, RANDOM, OWN = (
@@ -317,27 +315,14 @@ def padded_to(task: Any, batches: Sequence[np.ndarray], sizes: np.ndarray) -> li
 
 
 def measure_padding(
-    options: Options, precision: Any, folder: str, turns: Turns
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yields for each way of batching a key, and its rows, tokens and seconds per round. In a round
-    the ways take turns of a few steps."""
+    options: Options, precision: Any, folder: str, turns: Turns, results: Results
+) -> None:
+    """Put the rows, the tokens and the seconds of each way of batching into `results`. A turn is a
+    step on each batch."""
     engine = engine_of(options_of_padding(options, precision, folder))
     found = batchings(engine.task, options.steps)
-    for batches in found.values():
-        run_all(engine, batches[:2])  # warm up
-    run = functools.partial(run_all, engine)
-    seconds: dict[str, list[float]] = {name: [] for name in found}
-    starts = range(0, len(found[SET]), TOGETHER)
-    for _ in turns:
-        rounds = {
-            name: map(run, [batches[start : start + TOGETHER] for start in starts])
-            for name, batches in found.items()
-        }
-        parts = alternate(
-            {name: functools.partial(next, of) for name, of in rounds.items()}, starts
-        )
-        for name, of in parts.items():
-            seconds[name].append(sum(of))
+    runs = {name: functools.partial(run_all, engine, of) for name, of in found.items()}
+    seconds = race(runs, turns)
     same = {
         "shape": options.shape.split(",")[0],
         "precision": engine.cfg.precision,
@@ -345,7 +330,8 @@ def measure_padding(
         "longest": longest_of(engine.task),
     }
     for name, batches in found.items():
-        yield same | {"batches": name}, amounts_of(batches) | {"seconds": seconds[name]}
+        key = same | {"batches": name}
+        results.put(key, amounts_of(batches) | {"seconds": seconds[name]})
 
 
 def options_of_padding(options: Options, precision: Any, folder: str) -> SentimentConfig:
@@ -381,12 +367,10 @@ def amounts_of(batches: Sequence[StepBatches]) -> dict[str, Any]:
     return total | {"lengths": sorted({data.batches[0]["idx"].shape[1] for data in batches})}
 
 
-def run_all(engine: Engine, batches: Sequence[StepBatches]) -> float:
-    """The seconds of one step on each batch."""
-    began = time.perf_counter()
+def run_all(engine: Engine, batches: Sequence[StepBatches]) -> None:
+    """Make a step on each batch, and wait for the device."""
     results = [engine(data) for data in batches]
-    results[-1].loss.item()  # waits for the device
-    return time.perf_counter() - began
+    results[-1].loss.item()
 
 
 # --- the report
@@ -398,54 +382,51 @@ def report(record: dict[str, Any]) -> str:
     steps = [row for row in record["cases"] if "batches" not in row]
     texts = [f"Classifiers, dropout {record['options']['dropout']:g}."]
     if steps:
-        head = ("shape", "precision", "method", "trainer", "rows/s", *COLUMNS)
+        columns: list[Column] = [
+            ("shape", lambda row: f"{row['shape']}, {row['rows']} x {row['seq_len']}"),
+            ("precision", lambda row: row["precision"]),
+            ("method", lambda row: row["method"]),
+            ("trainer", trainer_column),
+            *figure_columns("rows/s", ",.1f"),
+        ]
         texts += [
             "One optimizer step on the same padded rows, the shortest of three quarters of their "
             "length. Speed x and memory x:\nthis engine over the other, the median, least and most "
             "of turns side by side. Peak memory is that of a process\nwithout its code (on a GPU: "
             "of its allocations) in these steps. transformers: GPT2ForSequenceClassification,\n"
-            "eager, with a mask of the padding, fused AdamW, bf16 by autocast. LoRA of rank 8 on "
-            "both products of attention.",
-            markdown(head, map(step_row, steps), words=range(4)),
+            "eager, with a mask of the padding, fused AdamW, bf16 by autocast. LoRA, with peft, of "
+            "rank 8 on both products of attention.",
+            table(columns, steps, ("precision", "method", "trainer")),
         ]
     if padding:
         of = padding[0]
         lengths = ", ".join(map(str, of["lengths"]))
-        head = ("batches", "rows/s", "least-most", "tokens/s", "padded tokens/s", "padding")
         texts += [
             f"The same {of['rows']:,.0f} rows ({of['data']}; {of['tokens'] / of['rows']:.1f} "
             f"tokens in the mean, the longest of all {of['longest']}) in batches made in other "
             f"ways:\nthis engine's step on {of['shape']}, {of['precision']}. Its own batches: rows "
             f"of like length, padded to {lengths}.\nSpeed x: rows per second of the first over "
             "these.",
-            markdown([*head, "speed x", "least-most"], padding_rows(padding), words=(0,)),
+            padding_table(padding),
         ]
     return "\n\n".join(texts)
 
 
-def step_row(row: dict[str, Any]) -> list[str]:
-    """The cells of one trainer's row in the table of steps."""
-    name = row["trainer"]
-    if row["method"] == "lora":
-        name = name.replace(THEIRS, f"{THEIRS} + peft")
-    if "error" in row:
-        name += f": {row['error']:.60}"
-    size = f"{row['shape']}, {row['rows']} x {row['seq_len']}"
-    return [size, row["precision"], row["method"], name, *row_cells(row, ",.1f")]
+def padding_table(rows: Sequence[Row]) -> str:
+    """The table of the ways to make batches. `rows` starts with this engine's batches."""
 
+    def rates(row: Row, unit: str = "rows") -> list[float]:
+        return spread(row[unit] / seconds for seconds in row["seconds"])
 
-def padding_rows(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    """The rows of the padding table. `rows` starts with this engine's batches."""
-    for row in rows:
-        rates = spread(row["rows"] / s for s in row["seconds"])
-        tokens, padded = (row[key] for key in ("tokens", "padded_tokens"))
-        yield [
-            row["batches"],
-            *cells(rates, ",.1f"),
-            *(f"{rates[0] * of / row['rows']:,.0f}" for of in (tokens, padded)),
-            f"{1 - tokens / padded:.0%}",
-            *cells(ratio(row["seconds"], rows[0]["seconds"])),
-        ]
+    columns: list[Column] = [
+        ("batches", lambda row: row["batches"]),
+        *spread_columns("rows/s", rates, ",.1f"),
+        ("tokens/s", lambda row: f"{rates(row, 'tokens')[0]:,.0f}"),
+        ("padded tokens/s", lambda row: f"{rates(row, 'padded_tokens')[0]:,.0f}"),
+        ("padding", lambda row: f"{1 - row['tokens'] / row['padded_tokens']:.0%}"),
+        *spread_columns("speed x", lambda row: ratio(row["seconds"], rows[0]["seconds"])),
+    ]
+    return table(columns, rows)
 
 
 # --- the command
@@ -479,13 +460,10 @@ def measure(options: Options, results: Results) -> None:
         for case in cases:
             found = trainers(case.method)
             others = {name: found[name] for name in names}
-            for trainer, figures in compare(case, found[OURS], others, budget.turns):
-                say(f"{case.name} {case.precision} {case.method}: {trainer}")
-                results.put(case.key | {"trainer": trainer}, figures)
+            compare(case, found[OURS], others, budget.turns, results, {})
         if options.steps:
             turns = budget.turns(PADDING_PARTS)
-            for row in measure_padding(options, native, f"{folder}/{shapes[0]}", turns):
-                results.put(*row)
+            measure_padding(options, native, f"{folder}/{shapes[0]}", turns, results)
 
 
 def main() -> None:

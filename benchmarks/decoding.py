@@ -11,21 +11,17 @@ give equal tokens in fp32 before anything is timed.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import statistics
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive
 from benchmarks.contenders import silence_transformers
-from benchmarks.harness import OURS, Results, alternate, cells, ratio, say, timed
-from benchmarks.machine import facts
-from benchmarks.table import markdown
+from benchmarks.harness import OURS, race, race_table, run_cases, say
 from config import Count, GPTConfig, PathOrName, known_names
 from decoding.options import DecodeConfig
 
@@ -126,14 +122,7 @@ def contrastive_reference(read: Read, prompt: Sequence[int], options: DecodeConf
 class Pair:
     """A random model in this engine and in transformers, with prompts for both."""
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        batch: int,
-        new_tokens: int,
-        device: torch.device,
-        compiles: bool = False,
-    ):
+    def __init__(self, config: GPTConfig, batch: int, options: Options, device: str):
         import torch
         from transformers import GPT2LMHeadModel
 
@@ -142,34 +131,37 @@ class Pair:
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
             GPT(config).save_pretrained(folder)
-            self.ours: Any = GPT.from_pretrained(folder).to(device).eval()
-            self.theirs: Any = (
-                GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-            )
+            self.ours = GPT.from_pretrained(folder).eval()
+            self.theirs: Any = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
         self.prompts = torch.randint(config.vocab_size, (batch, PROMPT))
-        self.new_tokens, self.device, self.compiles = new_tokens, device, compiles
+        self.options, self.device = options, device
+        self.to(torch.float32)
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Convert both models."""
+        from decoding.fixed import FixedDecoder
+
+        self.ours.to(self.device, dtype)
+        self.theirs.to(self.device, dtype)
+        self.fixed = FixedDecoder(self.ours) if self.options.compile else None
 
     def contenders(self, decode: str) -> dict[str, Generate]:
-        """Functions that continue the prompts, by name, this engine first."""
-        options = dataclasses.replace(STRATEGIES[decode], max_new_tokens=self.new_tokens)
-        found: dict[str, Generate] = {OURS: lambda: self._ours(options)}
-        if decode in ("greedy", "sample") and self.compiles:
-            found[COMPILED] = lambda: self._ours(options, self._fixed)
+        """Functions that continue the prompts, by name, this engine last."""
+        length = self.options.new_tokens
+        options = dataclasses.replace(STRATEGIES[decode], max_new_tokens=length)
+        found: dict[str, Generate] = {}
         if decode in THEIRS:
             found["transformers"] = lambda: self._theirs(decode)
         elif decode == "contrastive" and len(self.prompts) == 1:
             found[NO_CACHE] = lambda: [
                 contrastive_reference(self._read, p, options) for p in self.prompts.tolist()
             ]
+        found[OURS] = lambda: self._ours(options, None)
+        if decode in ("greedy", "sample") and self.fixed:
+            found[COMPILED] = lambda: self._ours(options, self.fixed)
         return found
 
-    @functools.cached_property
-    def _fixed(self) -> FixedDecoder:
-        from decoding.fixed import FixedDecoder
-
-        return FixedDecoder(self.ours)
-
-    def _ours(self, options: DecodeConfig, fixed: FixedDecoder | None = None) -> list[list[int]]:
+    def _ours(self, options: DecodeConfig, fixed: FixedDecoder | None) -> list[list[int]]:
         from decoding.batched import generate
 
         tokenizer: Any = Words(self.ours.config.vocab_size)
@@ -180,15 +172,9 @@ class Pair:
         import torch
 
         ids = self.prompts.to(self.device)
-        mask = torch.ones_like(ids)
-        out = self.theirs.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=self.new_tokens,
-            pad_token_id=0,
-            **THEIRS[decode],
-        )
-        return out[:, PROMPT:].tolist()
+        more = dict(attention_mask=torch.ones_like(ids), pad_token_id=0)
+        more |= dict(max_new_tokens=self.options.new_tokens) | THEIRS[decode]
+        return self.theirs.generate(ids, **more)[:, PROMPT:].tolist()
 
     def _read(self, idx: Tensor) -> tuple[Tensor, Tensor]:
         import torch
@@ -216,52 +202,36 @@ def check(generators: dict[str, Generate]) -> None:
         raise RuntimeError("the tokens of the contenders differ, so they cannot be compared")
 
 
-def compare(
-    shape: str, batch: int, options: Options, device: torch.device
-) -> Iterator[tuple[str, dict[str, list[float]]]]:
-    """Yields each decoding method, with the seconds of its contenders' turns."""
+def measure(options: Options, device: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yields each case, with the seconds of its contenders' turns."""
     import torch
 
-    pair = Pair(SHAPES[shape], batch, options.new_tokens, device, options.compile)
+    silence_transformers()
+    shapes = known_names("--shape", options.shape, SHAPES)
     decodes = known_names("--decode", options.decode, STRATEGIES)
-    named = {decode: pair.contenders(decode) for decode in decodes}
-    for decode, generators in named.items():
-        if decode != "sample":
-            check(generators)
-    if device.type == "cuda":
-        pair.ours.to(torch.bfloat16)
-        vars(pair).pop("_fixed", None)  # its steps are those of fp32
-        pair.theirs.to(torch.bfloat16)
-    for decode, generators in named.items():
-        say(f"{shape}, batch {batch}, {decode} ...")
-        if device.type == "cuda" or decode == "sample":  # the check has warmed up all others
-            for generate in generators.values():
-                generate()
-        # generate returns tokens on the host, so the device is idle then
-        turns = {name: timed(generate) for name, generate in generators.items()}
-        yield decode, alternate(turns, range(options.repetitions), limits={NO_CACHE: 1})
+    for shape, batch in itertools.product(shapes, map(int, options.batch.split(","))):
+        pair = Pair(SHAPES[shape], batch, options, device)
+        named = {decode: pair.contenders(decode) for decode in decodes}
+        for decode, generators in named.items():
+            if decode != "sample":
+                check(generators)
+        if device == "cuda":
+            pair.to(torch.bfloat16)
+        for decode, generators in named.items():
+            say(f"{shape}, batch {batch}, {decode} ...")
+            # generate returns tokens on the host, so the device is idle then
+            seconds = race(generators, range(options.repetitions), limits={NO_CACHE: 1})
+            key = {"shape": shape, "batch": batch, "decode": decode}
+            yield key, {"tokens": batch * options.new_tokens, "seconds": seconds}
 
 
 def report(record: dict[str, Any]) -> str:
     """The table of all cases, as Markdown."""
-    rows = []
-    for case in record["cases"]:
-        others = {k: v for k, v in case["seconds"].items() if not k.startswith(OURS)}
-        for form, ours in case["seconds"].items():
-            if form.startswith(OURS):
-                decode = case["decode"] + form.removeprefix(OURS).replace(" ", ", ")
-                rate = f"{case['tokens'] / statistics.median(ours):,.0f}"
-                beside = [""] * 4
-                for name, theirs in others.items():
-                    beside = [name, f"{case['tokens'] / statistics.median(theirs):,.0f}"]
-                    beside += cells(ratio(theirs, ours))
-                rows.append([case["shape"], str(case["batch"]), decode, rate, *beside])
-    head = ("shape", "batch", "decode", f"{OURS}, tokens/s", "beside", "tokens/s")
-    table = markdown([*head, "speed x", "least-most"], rows, words=(0, 2, 4))
     return (
         f"Generation of {record['options']['new_tokens']} tokens after {PROMPT}. Tokens of the "
-        "chosen text; beam 5 beams, contrastive 4 candidates, mbr and ensemble 8.\nSpeed x: of "
-        f"turns side by side.\n\n{table}"
+        "chosen text; beam 5 beams, contrastive 4 candidates, mbr and ensemble 8.\nSpeed x: over "
+        "the first of the same case, of turns side by side.\n\n"
+        + race_table(record["cases"], ("shape", "batch", "decode"), "tokens/s", "tokens")
     )
 
 
@@ -271,20 +241,7 @@ def main() -> None:
     outlive()
     if options.quick:
         options = dataclasses.replace(options, shape="micro", new_tokens=16, repetitions=2)
-    shapes = known_names("--shape", options.shape, SHAPES)
-    known_names("--decode", options.decode, STRATEGIES)
-    from engine import processes
-
-    silence_transformers()
-    device = processes.start(options.device).device
-    path = Path(options.out) / f"decoding-{device.type}.json"
-    results = Results(path, facts(options.device), options, report)
-    for shape in shapes:
-        for batch in map(int, options.batch.split(",")):
-            for decode, seconds in compare(shape, batch, options, device):
-                key = {"shape": shape, "batch": batch, "decode": decode}
-                results.put(key, {"tokens": batch * options.new_tokens, "seconds": seconds})
-    print(results.text())
+    run_cases(options, "decoding-DEVICE", options.device, measure, report)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from benchmarks.harness import Results
 from benchmarks.runs import make_folders
 from benchmarks.table import markdown
 from config import PathOrName, Positive
+from kernels import TRITON
 
 SHORTEST = 60.0  # with fewer seconds left, a part that later calls can continue does not start
 PATIENCE = 2.5  # a part that takes this many times its expected seconds hangs, and is ended
@@ -110,7 +111,8 @@ TINY_PEERS = (*QUICK, "--shape", "micro", "--against")
 KERNELS = ("-m", "benchmarks.kernels", "--device", "cuda", "--out", "{out}", "--only")
 FIRST = ("product_qkv", "product_projection", "product_up", "product_down")
 FIRST += ("attention", "cross_entropy", "bias_gelu")
-REST = ("linear_cross_entropy", "attention_documents", "layer_norm", "adamw", "fp8_linear")
+REST = ("linear_cross_entropy", "attention_documents", "fp8_linear")
+REST += tuple(name for name in TRITON if name not in FIRST)
 CANDIDATES = ("mlp", "mlp_fp8")  # what the engine may take once a GPU has measured it
 LADDER = ("-m", "benchmarks.stages", "--device", "cuda", "--preset", "gpt2", "--rounds", "1")
 LADDER += ("--minutes", "{minutes}", "--out", "{out}/{engine}")

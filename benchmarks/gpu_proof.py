@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib
 import io
 import json
 import multiprocessing
@@ -25,7 +27,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,7 @@ from benchmarks import machine
 from benchmarks.runs import now
 from benchmarks.sass import disassembled, per_element
 from benchmarks.table import markdown
-from config import PathOrName, SmallCount, TrainConfig, UserError, known_names
+from config import GPTConfig, PathOrName, SmallCount, TrainConfig, UserError, known_names
 
 if TYPE_CHECKING:
     import torch
@@ -148,71 +150,66 @@ def cases(kernel: str, quick: bool) -> Iterator[Case]:
             yield from (
                 Case(kernel, precision, width, autocast=precision == "fp16") for width in widths
             )
-        elif kernel == "bias_gelu":
-            yield from (Case(kernel, precision, 4 * width) for width in widths)
         elif kernel != "adamw":
-            raise ValueError(f"no shapes are given for the kernel {kernel}")
+            yield from (Case(kernel, precision, width) for width in widths)
         elif precision != "fp16":  # AdamW's tensors are fp32, and bf16 with cast-once
             yield Case(kernel, precision)
     if kernel == "layer_norm" and not quick:  # --without cast-once
         yield from (Case(kernel, "bf16", width, autocast=True) for width in widths)
 
 
-def launch_attention(case: Case) -> None:
-    """Launch both passes of attention on a packed qkv."""
+def examples(case: Case) -> Iterator[Callable[[], object]]:
+    """Functions that each launch a kernel's passes on meta tensors: of its own example, and of
+    what a run may ask of it besides."""
     import torch
 
-    import kernels.attention as module
+    from kernels import KERNELS
+    from kernels.cross_entropy import cross_entropy_in_place
+    from kernels.layer_norm import add_layer_norm
 
+    dtype, config = dtype_of(case), config_of(case)
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
-    B, T, H, D = 64, 1024, 12, case.size
-    qkv, out = meta(B, T, 3, H, D, dtype=dtype_of(case)), meta(B, T, H, D, dtype=dtype_of(case))
-    bounds = meta(2, B, T, dtype=torch.int32) if case.documents else None
-    undecorated(module._attention)(qkv, bounds)
-    undecorated(module._attention_backward)(out, qkv, out, meta(B, H, T), bounds)
+    if case.kernel == "adamw":
+        yield functools.partial(launch_adamw, dtype)
+        return
+    make = KERNELS[case.kernel].example
+    assert make
+    example = make(ROWS, config, dtype=dtype, device="meta")
+    inputs = list(example.inputs)
+    if case.kernel == "cross_entropy":
+        targets = meta(ROWS, dtype=torch.int64)
+        yield functools.partial(cross_entropy_in_place, *inputs, targets, config.vocab_size)
+    if case.kernel == "layer_norm":
+        if case.autocast:  # an fp32 stream and gain, and a branch of 16 bits
+            inputs = [t if i == 1 else t.float() for i, t in enumerate(inputs)]
+        alone = functools.partial(add_layer_norm, eps=1e-5, triton=True)
+        yield functools.partial(both_passes, alone, [inputs[0], None, *inputs[2:]])
+    if case.documents:
+        inputs.append(meta(*inputs[0].shape[:2], dtype=torch.int64))
+    yield functools.partial(both_passes, example.kernel, inputs)
 
 
-def launch_cross_entropy(case: Case) -> None:
-    """Launch both passes of cross-entropy, and the form that overwrites its logits."""
+def both_passes(operation: Callable[..., Any], inputs: Sequence[Tensor | None]) -> None:
+    """Run an operation and its backward pass, with a gradient for each floating input."""
     import torch
 
-    import kernels.cross_entropy as module
-
-    vocab_size = dict(LOGITS)[case.size]
-    logits, row = meta(ROWS, case.size, dtype=dtype_of(case)), meta(ROWS)
-    targets = meta(ROWS, dtype=torch.int64)
-    module.cross_entropy_in_place(logits, targets, vocab_size)
-    undecorated(module._forward)(logits, targets, vocab_size)
-    undecorated(module._backward)(row, logits, targets, row, row, vocab_size)
+    leaves = [t.requires_grad_() for t in inputs if t is not None and t.is_floating_point()]
+    outputs = operation(*inputs)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    computed = [out for out in outputs if out.grad_fn]
+    torch.autograd.grad(computed, leaves, [torch.empty_like(out) for out in computed])
 
 
-def launch_layer_norm(case: Case) -> None:
-    """Launch both passes of the layer norm, with and without a residual branch."""
-    import torch
-
-    import kernels.layer_norm as module
-
-    branch_dtype = dtype_of(case)
-    x = meta(ROWS, case.size, dtype=torch.float32 if case.autocast else branch_dtype)
-    branch, weight, row = x.to(branch_dtype), meta(case.size), meta(ROWS)
-    other = branch_dtype if case.autocast else None
-    forward, backward = undecorated(module._forward), undecorated(module._backward)
-    forward(x, branch, weight, weight, 1e-5)
-    forward(x, None, weight, weight, 1e-5)
-    backward(x, x, x, weight, row, row, True, other, True)
-    backward(x, None, x, weight, row, row, True, None, True)
+def config_of(case: Case) -> GPTConfig:
+    """The widths of the case's model."""
+    if case.kernel == "attention":
+        return GPTConfig(n_embd=12 * case.size)
+    if case.kernel == "cross_entropy":
+        return GPTConfig(vocab_size=dict(LOGITS)[case.size])
+    return GPTConfig(n_head=1, n_embd=case.size or 768)
 
 
-def launch_bias_gelu(case: Case) -> None:
-    """Launch both passes of bias and GELU."""
-    import kernels.bias_gelu as module
-
-    x, bias = meta(ROWS, case.size, dtype=dtype_of(case)), meta(case.size, dtype=dtype_of(case))
-    undecorated(module._forward)(x, bias)
-    undecorated(module._backward)(x, x, bias, True, True)
-
-
-def launch_adamw(case: Case) -> None:
+def launch_adamw(gradients: torch.dtype) -> None:
     """Launch AdamW and the gradient norm. Gradients are fp32, or bf16 with bf16 copies of the
     weights."""
     import torch
@@ -225,23 +222,14 @@ def launch_adamw(case: Case) -> None:
     def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
         return [meta(*shape, dtype=dtype) for shape in shapes]
 
-    copies = tensors(torch.bfloat16) if case.precision == "bf16" else [None] * n
+    copies = tensors(torch.bfloat16) if gradients == torch.bfloat16 else [None] * n
     moments = tensors(), tensors()
     table = module.Table(
         tensors(), *moments, [meta() for _ in shapes], copies, [1.0] * n, [0.1] * n
     )
-    grads = tensors(dtype_of(case))
+    grads = tensors(gradients)
     module.adamw(table, grads, meta(), meta(), meta(dtype=torch.bool), (0.9, 0.95), 1e-8)
     module.global_norm(grads)
-
-
-LAUNCH: dict[str, Callable[[Case], None]] = {
-    "attention": launch_attention,
-    "cross_entropy": launch_cross_entropy,
-    "layer_norm": launch_layer_norm,
-    "bias_gelu": launch_bias_gelu,
-    "adamw": launch_adamw,
-}
 
 
 def meta(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -260,10 +248,19 @@ def dtype_of(case: Case) -> torch.dtype:
     return DTYPES.get(case.precision, torch.float32)
 
 
-def undecorated(operator: Any) -> Callable[..., Any]:
-    """The function inside a torch.library.custom_op. The op itself would only compute shapes for
-    meta tensors."""
-    return operator._init_fn
+@contextlib.contextmanager
+def launching(module: Any) -> Generator[None]:
+    """Inside, the file's custom operations run their own code on meta tensors. By themselves they
+    would only compute shapes there, and torch knows no autocast for them."""
+    import torch
+    from torch._library.custom_ops import CustomOpDef
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", lambda device: False))
+        for operator in vars(module).values():
+            if isinstance(operator, CustomOpDef):
+                stack.enter_context(mock.patch.object(operator, "_abstract_fn", operator._init_fn))
+        yield
 
 
 # --- the compiler, which runs in worker processes
@@ -343,7 +340,9 @@ def proof(arch: int, case: Case) -> list[Row]:
             return [dataclasses.replace(row, result="refused", reason=reason)]
         failed = []
         try:
-            LAUNCH[case.kernel](case)
+            with launching(importlib.import_module(f"kernels.{case.kernel}")):
+                for launch in examples(case):
+                    launch()
         except Exception as error:  # the compiler raises errors of many kinds
             reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
             failed = [dataclasses.replace(row, result="failed", reason=reason)]
@@ -575,13 +574,15 @@ def write(folder: Path, rows: list[Row], archs: list[int], facts: dict[str, Any]
 
 def checked(options: Options) -> tuple[list[int], list[str]]:
     """The architectures and kernels to compile. Raises UserError for an unknown one."""
+    from kernels import TRITON
+
     for arch in options.archs:
         if arch not in ARCHS:
             raise UserError(
                 f"--archs {arch} is unknown; it must be one of {', '.join(map(str, ARCHS))}"
             )
-    asked = known_names("--kernels", options.kernels, LAUNCH) or LAUNCH
-    return sorted(set(options.archs)), [name for name in LAUNCH if name in asked]
+    asked = known_names("--kernels", options.kernels, TRITON) or TRITON
+    return sorted(set(options.archs)), [name for name in TRITON if name in asked]
 
 
 def main() -> int:

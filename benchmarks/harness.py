@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from base.files import read_json, write_json
 from benchmarks.runs import now, say, write_report
+from benchmarks.table import Column, Row, table
 
 OURS = "this engine"
 # facts that must be equal to resume a file
@@ -84,6 +85,18 @@ def alternate(
     return results
 
 
+def race(
+    contenders: Mapping[str, Callable[[], object]],
+    turns: Iterable[int],
+    limits: Mapping[str, int] | None = None,
+) -> dict[str, list[float]]:
+    """The seconds of each contender's turns. Each first takes a turn that does not count, but not
+    the slow ones in `limits`. Each must itself wait for its device."""
+    for name in contenders.keys() - (limits or {}):
+        contenders[name]()
+    return alternate({name: timed(work) for name, work in contenders.items()}, turns, limits)
+
+
 def timed(work: Callable[[], object]) -> Callable[[], float]:
     """Make a turn that returns the seconds of `work`. `work` itself must wait for its device."""
 
@@ -108,6 +121,41 @@ def ratio(over: Iterable[float], under: Iterable[float]) -> list[float]:
     """The spread of the quotients `over / under` of the same turn, so that a slow minute of the
     machine affects both. Turns that only one of them took are left out."""
     return spread(a / b for a, b in zip(over, under))
+
+
+def spread_columns(
+    head: str, of: Callable[[Row], Sequence[float] | None], form: str = ".2f"
+) -> list[Column]:
+    """A spread as two columns of `table`. `of` returns None for a row without it."""
+
+    def text(row: Row, n: int) -> str:
+        figure = of(row)
+        return cells(figure, form)[n] if figure else ""
+
+    return [(head, lambda row: text(row, 0)), (f"{head}, least-most", lambda row: text(row, 1))]
+
+
+def race_table(
+    cases: Sequence[Row], keys: Sequence[str], unit: str, amount: str = "", form: str = ",.0f"
+) -> str:
+    """A table of cases with the "seconds" of races: a case's `keys`, and for each contender its
+    rate (`amount` names what a turn makes; default: one) and its speed over the first one's."""
+    rows = [
+        {**case, "contender": name, "turns": turns, "first": next(iter(case["seconds"].values()))}
+        for case in cases
+        for name, turns in case["seconds"].items()
+    ]
+    names = (*keys, "contender")
+
+    def rate(row: Row) -> list[float]:
+        return spread(row.get(amount, 1) / seconds for seconds in row["turns"])
+
+    columns: list[Column] = [
+        *((name, lambda row, name=name: str(row[name])) for name in names),
+        *spread_columns(unit, rate, form),
+        *spread_columns("speed x", lambda row: ratio(row["first"], row["turns"])),
+    ]
+    return table(columns, rows, names)
 
 
 def cells(figure: Sequence[float], form: str = ".2f") -> list[str]:
@@ -176,6 +224,25 @@ class Results:
     def text(self) -> str:
         """The report as Markdown: where and when it was measured, then the tables."""
         return f"{title(self.record)}\n\n{self.report(self.record)}\n"
+
+
+def run_cases(
+    options: Any,
+    name: str,
+    device: str,
+    measure: Callable[[Any, str], Iterable[tuple[dict[str, Any], dict[str, Any]]]],
+    report: Callable[[dict[str, Any]], str],
+) -> None:
+    """Write the key and the figures of each case that `measure(options, device)` yields into NAME's
+    files in --out, and print the report. In `name`, DEVICE stands for the device that is found."""
+    from benchmarks.machine import facts  # gpu_check, which uses Results, runs without psutil
+
+    known = facts(device)
+    path = Path(options.out) / f"{name.replace('DEVICE', known['device'])}.json"
+    results = Results(path, known, options, report)
+    for key, figures in measure(options, known["device"]):
+        results.put(key, figures)
+    print(results.text())
 
 
 def title(record: dict[str, Any]) -> str:

@@ -1,5 +1,4 @@
-"""The stages of benchmarks.stages as data, and how a machine runs them. It does not import
-torch."""
+"""The stages of benchmarks.stages as data, and how a machine runs them."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from config import OPTIMIZATIONS
+from kernels import KERNELS
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ LADDER = (
         {"with": ["attention-backend"]},
         "backend",
     ),
-    Stage("cpu-attention", "attention by batched products on a CPU", dict(kernel="cpu_attention")),
+    Stage("cpu-attention", KERNELS["cpu_attention"].about, dict(kernel="cpu_attention")),
     Stage(
         "cast-once",
         "weights cast once a step, a bf16 residual stream",
@@ -93,13 +93,11 @@ LADDER = (
     Stage(
         "kept-memory", "freed memory is kept for the next step", {"with": ["kept-memory"]}, "heap"
     ),
-    Stage(
-        "triton-cross-entropy", "loss and its gradient in one pass", dict(kernel="cross_entropy")
+    *(
+        Stage(f"triton-{name.replace('_', '-')}", kernel.about, dict(kernel=name))
+        for name, kernel in KERNELS.items()
+        if kernel.device == "cuda"
     ),
-    Stage("triton-layer-norm", "residual addition and norm in one pass", dict(kernel="layer_norm")),
-    Stage("triton-bias-gelu", "bias and GELU in one pass", dict(kernel="bias_gelu")),
-    Stage("triton-attention", "attention on packed q, k and v", dict(kernel="attention")),
-    Stage("triton-adamw", "all of AdamW in one launch", dict(kernel="adamw")),
     Stage(
         "cuda-graphs",
         "the compiled step replayed from graphs",

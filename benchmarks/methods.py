@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import math
 import re
 import shlex
@@ -21,91 +20,111 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from base.cli import entry_point, parse
 from base.commands import REPO
-from base.console import outlive, time_text
+from base.console import outlive
+from base.files import read_json
 from benchmarks.machine import facts, in_own_process
-from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Decoding, Method, compared, measured
-from benchmarks.methods_chart import draw
-from benchmarks.methods_report import rows_of, text_of
-from benchmarks.runs import at_least, make_folders, now, say, write_report
+from benchmarks.methods_cells import RATES, Bench, Decoding, Method, Options, compared, measured
+from benchmarks.methods_report import draw, rows_of, text_of
+from benchmarks.runs import make_folders, now, write_report
 from benchmarks.store import Figures, Store
-from config import (
-    Count,
-    CountOrNone,
-    PathOrName,
-    PathsOrNames,
-    Positive,
-    Rate,
-    Seed,
-    SmallCount,
-    UserError,
-    known_names,
-)
+from config import UserError, known_names
 
 GIVEN = ("augment", "also", "also-data", "words")  # options that only some methods get
-SET_HERE = ("init", "data", "val-data", "epochs", "batch-size", "lr", "device", "seed", "out")
 WRITING = 6.0  # seconds kept for tables and chart
-# A base with fewer parameters than SMALL gets SMALL_RATE times GPT-2's learning rate.
-SMALL, SMALL_RATE = (50_000_000, 3)
-RATES = (1.0, 0.3, 3.0)  # rates of a search, in multiples of a method's own
 GRACE = 60.0  # seconds that a run gets to save its last step when it must end
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of the comparison."""
+# --- what is compared
 
-    task: str = "sonnets"
-    """A module of finetune/."""
-    init: PathOrName = "gpt2"
-    """The base model: a hub id, or a folder as in the task's own --init."""
-    data: PathsOrNames | None = None
-    """Training rows, as in the task. Default: the task's toy rows."""
-    val_data: PathsOrNames | None = None
-    """Validation rows, which choose the epoch and give the scores. The decodings answer them."""
-    out: PathOrName | None = None
-    """Folder for methods.json, methods.md, methods.png and the runs. Default: runs/methods-TASK."""
-    budget_minutes: Positive | None = None
-    """Time for everything. Repeating the command adds what is left out. Default: no limit."""
-    seeds: tuple[Seed, ...] = (11711, 11712, 11713)
-    """Seeds. All methods use the first, the best methods use the others too."""
-    best: SmallCount = 5
-    """Number of methods that run with every seed."""
-    only: str = ""
-    """Methods and decodings to run, comma-separated. Default: all."""
-    epochs: CountOrNone | None = None
-    """Passes over the training rows. Default: the task's."""
-    batch_size: Count | None = None
-    """Rows in a batch. Default: the task's."""
-    lr: Rate | None = None
-    """Peak learning rate of full fine-tuning. Each method uses a multiple of it. Default: the
-    task's, or three times that for a small base."""
-    search: bool = False
-    """Try each method with the first seed at several rates and epochs. The tables hold the best
-    setting of each."""
-    search_rates: tuple[Positive, ...] = RATES
-    """Learning rates to try, in multiples of a method's own."""
-    search_epochs: tuple[CountOrNone, ...] = ()
-    """Numbers of epochs to try. Default: only --epochs."""
-    augment: PathsOrNames | None = None
-    """More training rows, for the method full+augment of tasks with labels."""
-    also: tuple[str, ...] = ()
-    """Other tasks, each as TASK:WEIGHT, for the method full+also of tasks with labels."""
-    also_data: tuple[PathsOrNames, ...] = ()
-    """Training rows of the tasks in --also. Default: their toy rows."""
-    words: tuple[str, ...] = ()
-    """The word for each label, for methods whose language model answers with a word. Default: the
-    task's."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """The device to run on."""
-    extra: str = ""
-    """More options for every run, as one word: --extra="--precision fp32 --eval-rows 4"."""
+SCRATCH = {"init": "scratch"}
+UNLIKELIHOOD = {"objective": "unlikelihood"}
+LORA = {"method": "lora", "lora-rank": 8, "lora-alpha": 16}
+LAST_LAYER = {"method": "last-layer"}  # for a classifier this trains only the new head
+TEXTS, LABELS = "generation", "classification"
+METHODS = (
+    Method("scratch", SCRATCH, 10),
+    Method("naive-bayes", {"model": "naive-bayes"}, None, tasks=("topics",)),
+    Method("tf-idf", {"model": "tf-idf"}, None),
+    Method("lstm", {"model": "lstm"}, 10, tasks=("topics",)),
+    Method("lstm-gpt2", LAST_LAYER | {"pooling": "lstm"}, 10, tasks=("topics",)),
+    Method("full"),
+    Method("full+prompt", {"form": "prompt"}),
+    Method("full+word", {"form": "word"}, takes=("words",)),
+    Method("full+mean", {"pooling": "mean"}),
+    Method("full+attention", {"pooling": "attention"}),
+    Method("full+unlikelihood", UNLIKELIHOOD, family=TEXTS),
+    Method("full+rdrop", {"objective": "rdrop"}, family=LABELS),
+    Method("full+simcse", {"objective": "simcse"}, family=LABELS),
+    Method("full+augment", takes=("augment",), needs="augment"),
+    Method("full+also", takes=("also", "also-data"), needs="also"),
+    Method("full+llrd", {"llrd": 0.8}),
+    Method("ulmfit", {"method": "ulmfit", "schedule": "slanted-triangular"}, 3),
+    Method("last-2", {"method": "last-k", "last-k": 2}, 3),
+    Method("last-layer", LAST_LAYER, 3, family=TEXTS),
+    Method("last-layer", LAST_LAYER, 30, family=LABELS),
+    Method("lora-attention-8", LORA, 10),
+    Method("lora-attention-16", LORA | {"lora-rank": 16, "lora-alpha": 32}, 10),
+    Method("lora-feed-forward-8", LORA | {"lora-on": "feed-forward"}, 10),
+    Method("dora-attention-8", LORA | {"method": "dora"}, 10),
+    Method("lora+prompt", LORA | {"form": "prompt"}, 10),
+    Method("lora+llrd", LORA | {"llrd": 0.8}, 10, family=LABELS),
+    Method("prefix", {"method": "prefix"}, 10),
+    Method("prefix+unlikelihood", {"method": "prefix"} | UNLIKELIHOOD, 10, family=TEXTS),
+    Method("soft-prompt", {"method": "soft-prompt"}, 100),
+)
+CONTRASTIVE = {"decode": "contrastive", "contrastive-k": 4, "contrastive-alpha": 0.6}
+GROWTH, MEAN = {"contrastive-growth": True}, {"contrastive-similarity": "mean"}
+BEAMS = {"decode": "beam", "beams": 5, "length-penalty": 0.6, "no-repeat-ngram": 3}
+DECODINGS = (  # `sample` uses the task's own settings
+    Decoding("sample", {"decode": "sample"}),
+    Decoding("sample-hot", {"decode": "sample", "temperature": 1.2, "top-p": 0.9}),
+    Decoding("sample-of-prefix", {"decode": "sample"}, of="prefix"),
+    Decoding("greedy", {"decode": "greedy"}),
+    Decoding("contrastive", CONTRASTIVE),
+    Decoding("contrastive-growing", CONTRASTIVE | GROWTH),
+    Decoding("contrastive-mean", CONTRASTIVE | MEAN),
+    Decoding("contrastive-growing-mean", CONTRASTIVE | GROWTH | MEAN),
+    Decoding("contrastive-penalty", CONTRASTIVE | {"repetition-penalty": 1.2}),
+    Decoding("beam", BEAMS),
+    Decoding("mbr-beams", BEAMS | {"decode": "mbr", "candidates-by": "beam", "candidates": 16}),
+    Decoding("mbr-samples", {"decode": "mbr", "candidates": 16}),
+    Decoding("ensemble", BEAMS | {"decode": "ensemble", "candidates": 16}),
+)
+
+
+def make_bench(
+    options: Options, task: Mapping[str, Any], base: Mapping[str, Any], until: float
+) -> Bench:
+    """The comparison of a task from a base. Raises UserError for an unknown name in --only, and for
+    an option that no method takes."""
+
+    def has(names: Mapping[str, Any]) -> bool:
+        return all(name.replace("-", "_") in task["defaults"] for name in names)
+
+    given = {}
+    for name in GIVEN:
+        if value := getattr(options, name.replace("-", "_")):
+            given[name] = "\0".join((value,) if isinstance(value, str) else value)
+        if value and not has({name: value}):
+            raise UserError(
+                f"--{name} is for tasks with labels, and {options.task} has none; leave it out"
+            )
+    methods = []
+    for method in METHODS:
+        mine = {name: given[name] for name in method.takes if name in given}
+        fits = method.family in ("", task["family"]) and has(method.options)
+        if fits and method.needs in ("", *mine):
+            methods.append(dataclasses.replace(method, options={**method.options, **mine}))
+    decodings = [decoding for decoding in DECODINGS if has(decoding.options)]
+    bench = Bench(options, task, base, Store(measured, until, GRACE), methods, decodings)
+    assert bench.names and bench.common  # both raise UserError for a bad option
+    return bench
 
 
 # --- facts, from a process that loads torch
@@ -122,8 +141,14 @@ def task_facts(name: str) -> dict[str, Any]:
     finetune/NAME.py. The file is None unless the answers are texts with scores."""
     from tasks.classification.description import ClassificationDescription
     from tasks.generation.description import GenerationDescription, no_scores
+    from tasks.preferences.description import PreferenceDescription
 
     task = importlib.import_module(f"finetune.{name}").TASK
+    if isinstance(task, PreferenceDescription):
+        raise UserError(
+            f"--task {name}: the methods are compared on tasks with labels or texts; name one of "
+            "these, such as sentiment or sonnets"
+        )
     defaults = {
         f.name: f.default
         for f in dataclasses.fields(task.config)
@@ -143,178 +168,44 @@ def base_facts(init: str) -> dict[str, Any]:
     from model import GPT
     from storage.checkpoint import locate
 
-    folder = Path(locate(init))
+    folder = Path(locate(init)).resolve()
     model = GPT.from_pretrained(folder)
-    shape = {
-        name: getattr(model.config, name)
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    }
-    base = (
-        {"init": init, "folder": str(folder.resolve())} | shape | {"parameters": model.n_params()}
-    )
-    card, results = folder / "README.md", folder.resolve().parent / "metrics.json"
-    if card.is_file():
-        base["card"] = dict(
-            re.findall(r"^- (\w+): (.*)$", card.read_text(encoding="utf-8"), re.MULTILINE)
-        )
-    if folder.name == "final" and results.is_file():
-        base["results"] = json.loads(results.read_text(encoding="utf-8"))
+    base: dict[str, Any] = {"init": init, "folder": str(folder), "parameters": model.n_params()}
+    base |= dataclasses.asdict(model.config)
+    if (card := folder / "README.md").is_file():
+        lines = re.findall(r"^- (\w+): (.*)$", card.read_text(encoding="utf-8"), re.MULTILINE)
+        base["card"] = dict(lines)
+    if results := read_json(folder.parent / "metrics.json") if folder.name == "final" else None:
+        base["results"] = results
     return base
 
 
-# --- running
-
-
-def compare(bench: Bench, write: Callable[[], object]) -> None:
-    """Run the cells that the folder lacks, and call `write()` after each."""
-    for cell, how in bench.store.make(bench.cells()):
-        write()
-        score = bench.score(cell)
-        found = "" if score is None else f"{bench.best[0]} {score:.4g}, "
-        left = time_text(bench.store.rest(bench.cells()))
-        say(f"{cell.label:<32} {found}{how}; about {left} left")
-
-
-# --- the command
-
-
-def fits(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
-    """Whether a task has all of these options."""
-    return all(name.replace("-", "_") in defaults for name in options)
-
-
-def methods_of(options: Options, task: Mapping[str, Any]) -> list[Method]:
-    """The methods that fit the task and the user's options. Raises UserError for an option that no
-    method takes."""
-    given = {name: getattr(options, name.replace("-", "_")) for name in GIVEN}
-    given = {
-        name: "\0".join((value,) if isinstance(value, str) else value)
-        for name, value in given.items()
-        if value
-    }
-    for name in given:
-        if name.replace("-", "_") not in task["defaults"]:
-            raise UserError(
-                f"--{name} is for tasks with labels, and {options.task} has none; leave it out"
-            )
-    found = []
-    for method in METHODS:
-        if method.family in ("", task["family"]) and fits(method.options, task["defaults"]):
-            named = {name: given[name] for name in method.needs if name in given}
-            named |= (
-                {"words": given["words"]}
-                if method.options.get("form") == "word" and "words" in given
-                else {}
-            )
-            if set(method.needs[:1]) <= named.keys():
-                found.append(dataclasses.replace(method, options={**method.options, **named}))
-    return found
-
-
-def names_to_run(
-    options: Options, methods: Sequence[Method], decodings: Sequence[Decoding]
-) -> list[str]:
-    """The names in --only, or else all methods and decodings of the task. Raises UserError for an
-    unknown name."""
-    known = [*(method.name for method in methods), *(decoding.name for decoding in decodings)]
-    names = known_names("--only", options.only, known)
-    other = {method.name for method in methods if method.tasks and options.task not in method.tasks}
-    return names or [name for name in known if name not in other]
-
-
-def make_bench(
-    options: Options, task: Mapping[str, Any], base: Mapping[str, Any], until: float
-) -> Bench:
-    """The comparison of a task from a base. Raises UserError for an unknown name in --only."""
-    defaults, more = task["defaults"], extra_options(options.extra)
-    given = {"data": options.data, "val-data": options.val_data, "batch-size": options.batch_size}
-    common = {"init": options.init} | {
-        name: value for name, value in given.items() if value is not None
-    }
-    epochs = options.epochs or defaults["epochs"]
-    common |= {"epochs": epochs, "device": options.device}
-    common |= {"sample-every": 0, "log-every": 0, "show-rows": 0, "keep": 1, "keep-best": 1} | more
-    shape = {
-        name: base[key]
-        for name, key in (("n-layer", "n_layer"), ("n-head", "n_head"), ("n-embd", "n_embd"))
-    }
-    methods = methods_of(options, task)
-    decodings = [decoding for decoding in DECODINGS if fits(decoding.options, defaults)]
-    predict = options.val_data or (None if options.data else "toy")
-    search = [
-        (rate, n) for n in options.search_epochs or (epochs,) for rate in options.search_rates
-    ]
-    return Bench(
-        Path(options.out or f"runs/methods-{options.task}"),
-        (sys.executable, "-m", f"finetune.{options.task}"),
-        tuple(task["best"]),
-        options.lr or usual_rate(defaults["lr"], base["parameters"]),
-        common,
-        {"tokenizer": options.init, "seq-len": base["block_size"]} | shape,
-        predict if task["answers"] else None,
-        Store(measured, until, GRACE),
-        Path(task["answers"] or "").suffix,
-        methods,
-        decodings,
-        names_to_run(options, methods, decodings),
-        options.seeds,
-        search if options.search else (),
-        options.best,
-    )
-
-
-def usual_rate(lr: float | None, parameters: int) -> float:
-    """A task's learning rate, which is meant for GPT-2's sizes. A small base gets a higher one, as
-    in pretraining."""
-    return (lr or 5e-5) * (SMALL_RATE if parameters < SMALL else 1)
-
-
-def extra_options(text: str) -> dict[str, Any]:
-    """The options in --extra by name. Several words of one option are joined by NUL."""
-    found: dict[str, list[str]] = {}
-    for word in shlex.split(text):
-        if word.startswith("--"):
-            found[word[2:]] = []
-        elif found:
-            found[list(found)[-1]].append(word)
-        else:
-            raise UserError(
-                f"--extra {text!r} does not begin with an option; write --extra='--name value ...'"
-            )
-    if own := found.keys() & {*SET_HERE, *GIVEN}:
-        raise UserError(
-            f"--extra names --{min(own)}, which this command sets; type it outside of --extra, if "
-            "this command has it"
-        )
-    return {name: "\0".join(values) if values else True for name, values in found.items()}
+# --- the results
 
 
 def result_of(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
     """The content of methods.json."""
-    found: dict[str, list[Figures]] = defaultdict(list)
-    for seed in bench.seeds:
+    first, best = bench.options.seeds[0], bench.task["best"]
+    found: dict[str, dict[int, Figures]] = defaultdict(dict)
+    for seed in bench.options.seeds:
         cells = [bench.run_of(bench.chosen(method), seed) for method in bench.methods]
-        decodings = bench.decodings if bench.predict else ()
-        cells += [bench.decoding_of(decoding, seed) for decoding in decodings]
+        if bench.predict:
+            cells += [bench.decoding_of(decoding, seed) for decoding in bench.decodings]
         for cell in cells:
             if figures := cell.figures():
-                found[cell.name].append(figures | {"seed": seed})
+                found[cell.name][seed] = figures
     methods, decodings = (
-        rows_of([each.name for each in of_kind], found, bench.best)
+        rows_of([each.name for each in of_kind], found, best)
         for of_kind in (bench.methods, bench.decodings)
     )
-    runs = {
-        method.name: bench.run_of(bench.chosen(method), bench.seeds[0]) for method in bench.methods
-    }
-    full = runs.get("full")
+    runs = {method.name: bench.run_of(bench.chosen(method), first) for method in bench.methods}
     for row in methods:
-        run = runs[row["name"]]
-        both = full and run != full and run.figures() and full.figures()
-        row["against_full"] = compared(run.path, full.path) if full and both else None
+        both = row["name"] != "full" and "full" in found
+        row["against_full"] = compared(runs[row["name"]].path, runs["full"].path) if both else None
     return dict(about) | {
         "date": now(),
-        "best": list(bench.best),
-        "seeds": list(bench.seeds),
+        "best": list(best),
+        "seeds": list(bench.options.seeds),
         "methods": methods,
         "decodings": decodings,
         "trials": trials_of(bench),
@@ -325,47 +216,40 @@ def result_of(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
 
 def trials_of(bench: Bench) -> list[dict[str, Any]]:
     """The settings of a search, each with its score, which is None if it has not run."""
-    found = []
-    for method in bench.methods:
-        if method.rate is None or not bench.wanted(method.name):
-            continue
-        chosen = bench.chosen(method)
-        for (rate, epochs), trial in zip(bench.search, bench.trials(method)):
-            row = {
-                "name": method.name,
-                "rate": rate,
-                "lr": bench.options_of(trial, bench.seeds[0])["lr"],
-                "epochs": epochs,
-                "score": bench.score(bench.run_of(trial, bench.seeds[0])),
-                "chosen": trial == chosen,
-            }
-            found.append(row)
-    return found
+    return [
+        {
+            "name": method.name,
+            "rate": rate,
+            "epochs": epochs,
+            "score": bench.score(trial),
+            "chosen": trial == bench.chosen(method),
+        }
+        for method in bench.methods
+        if method.rate is not None and method.name in bench.names
+        for (rate, epochs), trial in zip(bench.search, bench.trials(method))
+    ]
 
 
-def report(bench: Bench, about: Mapping[str, Any]) -> str:
-    """Write methods.json and methods.md from the finished cells. Returns the text of methods.md."""
+def report(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write methods.json and methods.md from the finished cells. Returns the content of
+    methods.json."""
     result = result_of(bench, about)
-    text = text_of(result)
-    write_report(bench.folder / "methods.json", result, text)
-    return text
+    write_report(bench.folder / "methods.json", result, text_of(result))
+    return result
+
+
+# --- the command
 
 
 def check(options: Options) -> None:
     """Raise UserError for an unknown task or a number out of its range."""
     tasks = sorted(path.stem for path in (REPO / "finetune").glob("[!_]*.py"))
     known_names("--task", [options.task], tasks)
-    at_least(options, budget_minutes=0.1, epochs=1)
     if not options.search and (options.search_rates != RATES or options.search_epochs):
         raise UserError(
             "--search-rates and --search-epochs belong to --search; add it, or leave them out"
         )
-    if not options.search_rates or min(options.search_epochs, default=1) < 1:
-        raise UserError(
-            "--search-rates takes one or more numbers above 0, --search-epochs whole numbers of at "
-            "least 1"
-        )
-    if not options.seeds or len(set(options.seeds)) < len(options.seeds):
+    if not options.seeds or len({*options.seeds}) < len(options.seeds):
         raise UserError("--seeds takes one or more numbers, each once")
 
 
@@ -390,20 +274,12 @@ def main() -> int:
     # exit by SystemExit, so that the current run is ended too
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        compare(bench, lambda: report(bench, about))
+        bench.run(lambda: report(bench, about))
     finally:  # an interrupted comparison reports what it has
-        text = report(bench, about)
-        draw(
-            json.loads((bench.folder / "methods.json").read_text(encoding="utf-8")),
-            bench.folder / "methods.png",
-        )
-    print(text)
-    for cell, reason in bench.store.failed.items():
-        say(f"{cell.label} failed: {reason}")
-    if bench.store.left_out:
-        labels = ", ".join(cell.label for cell in bench.store.left_out)
-        say(f"left out: {labels}; repeat the command to run them")
-    return 1 if bench.store.failed else 0
+        result = report(bench, about)
+        draw(result, bench.folder / "methods.png")
+    print(text_of(result))
+    return bench.store.end()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The cells of benchmarks.methods: the methods, the decodings, their order, and the figures of a
+"""The options and the cells of benchmarks.methods: their commands, their order, and the figures of a
 finished run."""
 
 from __future__ import annotations
@@ -7,22 +7,91 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
+import shlex
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from base.files import read_json
-from benchmarks.methods_report import epochs_text
-from benchmarks.store import Cell, Figures, Store, place
+from benchmarks.methods_report import epochs_text, merit
+from benchmarks.store import Cell, Figures, Store, option_words, place
+from config import (
+    Count,
+    PathOrName,
+    PathsOrNames,
+    Positive,
+    Rate,
+    Seed,
+    SmallCount,
+    UserError,
+    known_names,
+)
 from engine.log import records
-from text.corpus import records_of
 
+RATES = (1.0, 0.3, 3.0)  # rates of a search, in multiples of a method's own
+# options that --extra may not give, because this command sets them
+SET_HERE = ("init", "data", "val-data", "epochs", "batch-size", "lr", "device", "seed", "out")
+# a run has no output that nobody reads
+QUIET = {"sample-every": 0, "log-every": 0, "show-rows": 0, "keep": 1, "keep-best": 1}
+# A base with fewer parameters than SMALL gets SMALL_RATE times GPT-2's learning rate.
+SMALL, SMALL_RATE = (50_000_000, 3)
 NO_METRICS = ("kind", "time", "step", "seconds")  # other keys of an evaluation's record
 COSTS = ("seconds", "rows_per_second", "trained_parameters", "parameters", "memory_bytes")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the comparison."""
+
+    task: str = "sonnets"
+    """A module of finetune/."""
+    init: PathOrName = "gpt2"
+    """The base model: a hub id, or a folder as in the task's own --init."""
+    data: PathsOrNames | None = None
+    """Training rows, as in the task. Default: the task's toy rows."""
+    val_data: PathsOrNames | None = None
+    """Validation rows, which choose the epoch and give the scores. The decodings answer them."""
+    out: PathOrName | None = None
+    """Folder for methods.json, methods.md, methods.png and the runs. Default: runs/methods-TASK."""
+    budget_minutes: Positive | None = None
+    """Time for everything. Repeating the command adds what is left out. Default: no limit."""
+    seeds: tuple[Seed, ...] = (11711, 11712, 11713)
+    """Seeds. All methods use the first, the best methods use the others too."""
+    best: SmallCount = 5
+    """Number of methods that run with every seed."""
+    only: str = ""
+    """Methods and decodings to run, comma-separated. Default: all."""
+    epochs: Count | None = None
+    """Passes over the training rows. Default: the task's."""
+    batch_size: Count | None = None
+    """Rows in a batch. Default: the task's."""
+    lr: Rate | None = None
+    """Peak learning rate of full fine-tuning. Each method uses a multiple of it. Default: the
+    task's, or three times that for a small base."""
+    search: bool = False
+    """Try each method with the first seed at several rates and epochs. The tables hold the best
+    setting of each."""
+    search_rates: tuple[Positive, ...] = RATES
+    """Learning rates to try, in multiples of a method's own."""
+    search_epochs: tuple[Count, ...] = ()
+    """Numbers of epochs to try. Default: only --epochs."""
+    augment: PathsOrNames | None = None
+    """More training rows, for the method full+augment of tasks with labels."""
+    also: tuple[str, ...] = ()
+    """Other tasks, each as TASK:WEIGHT, for the method full+also of tasks with labels."""
+    also_data: tuple[PathsOrNames, ...] = ()
+    """Training rows of the tasks in --also. Default: their toy rows."""
+    words: tuple[str, ...] = ()
+    """The word for each label, for methods whose language model answers with a word. Default: the
+    task's."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """The device to run on."""
+    extra: str = ""
+    """More options for every run, as one word: --extra="--precision fp32 --eval-rows 4"."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +104,8 @@ class Method:
     rate: float | None = 1.0
     family: str = ""  # the family of tasks that has it; empty: every task that has its options
     tasks: tuple[str, ...] = ()  # only these run it unless --only names it; empty: all
-    # options that come from the user; without the first the method does not run
-    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()  # options that it gets if the user gives them
+    needs: str = ""  # one of them, without which the method does not run
 
 
 @dataclass(frozen=True)
@@ -48,126 +117,107 @@ class Decoding:
     of: str = "full"
 
 
-SCRATCH = {"init": "scratch"}
-UNLIKELIHOOD = {"objective": "unlikelihood"}
-LORA = {"method": "lora", "lora-rank": 8, "lora-alpha": 16}
-LAST_LAYER = {"method": "last-layer"}  # for a classifier this trains only the new head
-TEXTS, LABELS = "generation", "classification"
-METHODS = (
-    Method("scratch", SCRATCH, 10),
-    Method("naive-bayes", {"model": "naive-bayes"}, None, tasks=("topics",)),
-    Method("tf-idf", {"model": "tf-idf"}, None),
-    Method("lstm", {"model": "lstm"}, 10, tasks=("topics",)),
-    Method("lstm-gpt2", LAST_LAYER | {"pooling": "lstm"}, 10, tasks=("topics",)),
-    Method("full"),
-    Method("full+prompt", {"form": "prompt"}),
-    Method("full+word", {"form": "word"}),
-    Method("full+mean", {"pooling": "mean"}),
-    Method("full+attention", {"pooling": "attention"}),
-    Method("full+unlikelihood", UNLIKELIHOOD, family=TEXTS),
-    Method("full+rdrop", {"objective": "rdrop"}, family=LABELS),
-    Method("full+simcse", {"objective": "simcse"}, family=LABELS),
-    Method("full+augment", needs=("augment",)),
-    Method("full+also", needs=("also", "also-data")),
-    Method("full+llrd", {"llrd": 0.8}),
-    Method("ulmfit", {"method": "ulmfit", "schedule": "slanted-triangular"}, 3),
-    Method("last-2", {"method": "last-k", "last-k": 2}, 3),
-    Method("last-layer", LAST_LAYER, 3, family=TEXTS),
-    Method("last-layer", LAST_LAYER, 30, family=LABELS),
-    Method("lora-attention-8", LORA, 10),
-    Method("lora-attention-16", LORA | {"lora-rank": 16, "lora-alpha": 32}, 10),
-    Method("lora-feed-forward-8", LORA | {"lora-on": "feed-forward"}, 10),
-    Method("dora-attention-8", LORA | {"method": "dora"}, 10),
-    Method("lora+prompt", LORA | {"form": "prompt"}, 10),
-    Method("lora+llrd", LORA | {"llrd": 0.8}, 10, family=LABELS),
-    Method("prefix", {"method": "prefix"}, 10),
-    Method("prefix+unlikelihood", {"method": "prefix"} | UNLIKELIHOOD, 10, family=TEXTS),
-    Method("soft-prompt", {"method": "soft-prompt"}, 100),
-)
-CONTRASTIVE = {"decode": "contrastive", "contrastive-k": 4, "contrastive-alpha": 0.6}
-GROWTH, MEAN = {"contrastive-growth": True}, {"contrastive-similarity": "mean"}
-BEAMS = {"decode": "beam", "beams": 5, "length-penalty": 0.6, "no-repeat-ngram": 3}
-DECODINGS = (  # `sample` uses the task's own settings
-    Decoding("sample", {"decode": "sample"}),
-    Decoding("sample-hot", {"decode": "sample", "temperature": 1.2, "top-p": 0.9}),
-    Decoding("sample-of-prefix", {"decode": "sample"}, of="prefix"),
-    Decoding("greedy", {"decode": "greedy"}),
-    Decoding("contrastive", CONTRASTIVE),
-    Decoding("contrastive-growing", CONTRASTIVE | GROWTH),
-    Decoding("contrastive-mean", CONTRASTIVE | MEAN),
-    Decoding("contrastive-growing-mean", CONTRASTIVE | GROWTH | MEAN),
-    Decoding("contrastive-penalty", CONTRASTIVE | {"repetition-penalty": 1.2}),
-    Decoding("beam", BEAMS),
-    Decoding("mbr-beams", BEAMS | {"decode": "mbr", "candidates-by": "beam", "candidates": 16}),
-    Decoding("mbr-samples", {"decode": "mbr", "candidates": 16}),
-    Decoding("ensemble", BEAMS | {"decode": "ensemble", "candidates": 16}),
-)
-
-
-# --- all cells
-
-
 @dataclass
 class Bench:
     """All cells of a comparison, their places and their order."""
 
-    folder: Path
-    program: Sequence[str]  # the command of the task, without options
-    best: tuple[str, str]  # the metric that ranks, and max or min
-    rate: float  # peak learning rate of full fine-tuning
-    common: Mapping[str, Any]  # options that every run gets
-    scratch: Mapping[str, Any]  # options that give a model from scratch the base's shape
-    predict: str | None  # the rows that decodings answer; None: no decodings
+    options: Options
+    task: Mapping[str, Any]  # see methods.task_facts
+    base: Mapping[str, Any]  # see methods.base_facts
     store: Store
-    answers: str = ".txt"  # suffix of the file of answers
-    methods: Sequence[Method] = METHODS
-    decodings: Sequence[Decoding] = DECODINGS
-    only: Sequence[str] | None = None
-    seeds: Sequence[int] = (11711,)
-    # settings to try with the first seed: multiple of a method's rate, and epochs
-    search: Sequence[tuple[float, int]] = ()
-    keep: int = 5  # number of methods that run with every seed
+    methods: Sequence[Method]
+    decodings: Sequence[Decoding]
+
+    def run(self, write: Callable[[], object]) -> None:
+        """Run the cells that the folder lacks, and call `write()` after each."""
+        metric = self.task["best"][0]
+        self.store.run(self.cells, lambda of: f"{metric} {of['metrics'].get(metric)!s:.6}", write)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the runs and the results."""
+        return Path(self.options.out or f"runs/methods-{self.options.task}")
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """The names in --only, or else all methods and decodings of the task. Raises UserError for
+        an unknown name."""
+        each = [*self.methods, *self.decodings]
+        names = known_names("--only", self.options.only, [one.name for one in each])
+        other = [m.name for m in self.methods if m.tasks and self.options.task not in m.tasks]
+        return names or [one.name for one in each if one.name not in other]
+
+    @functools.cached_property
+    def common(self) -> dict[str, Any]:
+        """Options that every run gets."""
+        options, more = self.options, extra_options(self.options.extra)
+        given = {
+            "init": options.init,
+            "data": options.data,
+            "val-data": options.val_data,
+            "batch-size": options.batch_size,
+            "epochs": options.epochs or self.task["defaults"]["epochs"],
+            "device": options.device,
+        }
+        return {name: value for name, value in given.items() if value is not None} | QUIET | more
+
+    @functools.cached_property
+    def search(self) -> list[tuple[float, int]]:
+        """Settings to try with the first seed: multiples of a method's rate, and epochs."""
+        options = self.options
+        if not options.search:
+            return []
+        every = options.search_epochs or (self.common["epochs"],)
+        return [(rate, epochs) for epochs in every for rate in options.search_rates]
+
+    @property
+    def predict(self) -> str | None:
+        """The rows that decodings answer. None if there are no decodings."""
+        rows = self.options.val_data or (None if self.options.data else "toy")
+        return rows if self.task["answers"] else None
 
     def options_of(self, method: Method, seed: int) -> dict[str, Any]:
         """The task's options for a method and a seed."""
-        lr = {} if method.rate is None else {"lr": float(f"{method.rate * self.rate:.3g}")}
-        options = dict(self.common) | lr | {"seed": seed} | dict(method.options)
-        return {**options, **(self.scratch if options["init"] == "scratch" else {})}
+        base, options = self.base, {**self.common}
+        if method.rate is not None:
+            full = self.options.lr or usual_rate(self.task["defaults"]["lr"], base["parameters"])
+            options["lr"] = float(f"{method.rate * full:.3g}")
+        options |= {"seed": seed, **method.options}
+        if options["init"] == "scratch":  # with the base's shape
+            shape = {f"n-{key}": base[f"n_{key}"] for key in ("layer", "head", "embd")}
+            options |= {"tokenizer": base["init"], "seq-len": base["block_size"]} | shape
+        return options
 
     def run_of(self, method: Method, seed: int) -> Cell:
         """The cell that trains a method with a seed."""
         options = self.options_of(method, seed)
         path = place(self.folder / "runs", method.name, seed, options)
-        searched = self.search and method.rate is not None
-        setting = f", rate {options['lr']:g}, {epochs_text(options['epochs'])}" if searched else ""
-        return self._cell(method.name + setting, method.name, seed, options, path, {"out": path})
+        label = method.name
+        if self.search and method.rate is not None:
+            label += f", rate {options['lr']:g}, {epochs_text(options['epochs'])}"
+        return self._cell(label, method.name, path, options, {"out": path})
 
     def decoding_of(self, decoding: Decoding, seed: int) -> Cell:
         """The cell that decodes with the weights of the decoding's method and that seed."""
         method = self.chosen(self.method_of(decoding))
         options = self.options_of(method, seed) | {"predict": self.predict, **decoding.options}
         path = place(self.folder / "decodings", decoding.name, seed, options)
-        path = path.with_suffix(self.answers)
+        path = path.with_suffix(Path(self.task["answers"]).suffix)
         where = {"out": self.run_of(method, seed).path, "answers": path}
-        return self._cell(decoding.name, decoding.name, seed, options, path, where)
+        return self._cell(decoding.name, decoding.name, path, options, where)
 
     def _cell(
         self,
         label: str,
         name: str,
-        seed: int,
-        options: Mapping[str, Any],
         path: Path,
+        options: Mapping[str, Any],
         where: Mapping[str, Path],
     ) -> Cell:
-        words = list(self.program)
-        for option, value in {**options, **where}.items():
-            words += [f"--{option}"] if value is True else [f"--{option}", *str(value).split("\0")]
-        return Cell(name, seed, path, tuple(words), f"{label} ({seed})", work=options["epochs"])
-
-    def wanted(self, name: str) -> bool:
-        """Whether --only allows this name."""
-        return self.only is None or name in self.only
+        program = (sys.executable, "-m", f"finetune.{self.options.task}")
+        words = (*program, *option_words({**options, **where}))
+        seed = options["seed"]
+        return Cell(name, seed, path, words, f"{label} ({seed})", work=options["epochs"])
 
     def method_of(self, decoding: Decoding) -> Method:
         """The method whose weights a decoding uses."""
@@ -187,53 +237,79 @@ class Bench:
 
     def chosen(self, method: Method) -> Method:
         """The best trial of a method so far. If trials are equal, the first."""
-        return max(
-            self.trials(method), key=lambda trial: self.merit(self.run_of(trial, self.seeds[0]))
-        )
+        return max(self.trials(method), key=self.merit)
 
-    def score(self, cell: Cell) -> float | None:
-        """The value of the ranking metric for a finished cell, else None."""
-        figures = cell.figures()
-        return figures["metrics"].get(self.best[0]) if figures else None
+    def score(self, method: Method) -> float | None:
+        """The value of the ranking metric with the first seed, or None."""
+        figures = self.run_of(method, self.options.seeds[0]).figures()
+        return figures["metrics"].get(self.task["best"][0]) if figures else None
 
-    def merit(self, cell: Cell) -> float:
-        """The score with its sign changed if less is better. Minus infinity if there is no
-        score."""
-        score = self.score(cell)
-        return -math.inf if score is None else score if self.best[1] == "max" else -score
+    def merit(self, method: Method) -> float:
+        """The score, of which more is better. See `methods_report.merit`."""
+        return merit(self.score(method), self.task["best"][1])
 
     def ranking(self) -> list[Method]:
-        """The methods by their score with the first seed, best first, then the methods that are
-        still to run. Methods without randomness are left out, because more seeds do not change
-        them."""
-        ranked, waiting = [], []
-        for method in self.methods:
-            if not self.wanted(method.name) or method.rate is None:
-                continue
-            cells = [self.run_of(trial, self.seeds[0]) for trial in self.trials(method)]
-            merit = max(map(self.merit, cells))
-            if merit > -math.inf:
-                ranked.append((-merit, method))
-            elif not all(map(self.store.settled, cells)):
-                waiting.append(method)
-        return [method for _, method in sorted(ranked, key=lambda pair: pair[0])] + waiting
+        """The methods that may run with more seeds, by their score with the first, best first.
+        Methods without randomness are left out, because more seeds do not change them."""
+        first = self.options.seeds[0]
+        methods = [
+            method
+            for method in self.methods
+            if method.name in self.names
+            and method.rate is not None
+            and self.run_of(self.chosen(method), first) not in self.store.failed
+        ]
+        return sorted(methods, key=lambda method: -self.merit(self.chosen(method)))
 
     def cells(self) -> Iterator[Cell]:
         """All cells in order. Which cells come later depends on the results of the earlier ones."""
-        first = [method for method in self.methods if self.wanted(method.name)]
+        first, *more = self.options.seeds
+        methods = [method for method in self.methods if method.name in self.names]
         # The first trial of each method, then the second of each, so that all have had about as
         # many when time runs out.
-        for of_all in itertools.zip_longest(*map(self.trials, first)):
-            yield from (self.run_of(trial, self.seeds[0]) for trial in of_all if trial)
-        for number, seed in enumerate(self.seeds):
-            methods = self.ranking()[: self.keep] if number else first
-            yield from (self.run_of(self.chosen(method), seed) for method in methods if number)
-            for decoding in self.decodings if self.predict else ():
-                method = self.method_of(decoding)
-                run = self.run_of(self.chosen(method), seed)
-                to_come = method in methods and not self.store.settled(run)
-                if self.wanted(decoding.name) and (to_come or run.figures()):
-                    yield self.decoding_of(decoding, seed)
+        for of_all in itertools.zip_longest(*map(self.trials, methods)):
+            yield from (self.run_of(trial, first) for trial in of_all if trial)
+        yield from self.decodings_of(methods, first)
+        for seed in more:
+            methods = self.ranking()[: self.options.best]
+            yield from (self.run_of(self.chosen(method), seed) for method in methods)
+            yield from self.decodings_of(methods, seed)
+
+    def decodings_of(self, methods: Sequence[Method], seed: int) -> Iterator[Cell]:
+        """The decodings with a seed whose weights exist, or will exist because `methods` train
+        them."""
+        for decoding in self.decodings if self.predict else ():
+            method = self.method_of(decoding)
+            run = self.run_of(self.chosen(method), seed)
+            to_come = method in methods and not self.store.settled(run)
+            if decoding.name in self.names and (to_come or run.figures()):
+                yield self.decoding_of(decoding, seed)
+
+
+def usual_rate(lr: float | None, parameters: int) -> float:
+    """A task's learning rate, which is meant for GPT-2's sizes. A small base gets a higher one, as
+    in pretraining."""
+    return (lr or 5e-5) * (SMALL_RATE if parameters < SMALL else 1)
+
+
+def extra_options(text: str) -> dict[str, Any]:
+    """The options in --extra by name. Several words of one option are joined by NUL."""
+    found: dict[str, list[str]] = {}
+    for word in shlex.split(text):
+        if word.startswith("--"):
+            found[word[2:]] = []
+        elif found:
+            found[list(found)[-1]].append(word)
+        else:
+            raise UserError(
+                f"--extra {text!r} does not begin with an option; write --extra='--name value ...'"
+            )
+    if own := found.keys() & SET_HERE:
+        raise UserError(
+            f"--extra names --{min(own)}, which this command sets; type it outside of --extra, if "
+            "this command has it"
+        )
+    return {name: "\0".join(values) if values else True for name, values in found.items()}
 
 
 # --- the figures of a finished run
@@ -258,96 +334,63 @@ def figures_of(run: Path) -> Figures:
         json.loads((run / name).read_text(encoding="utf-8"))
         for name in ("metrics.json", "config.json")
     )
-    log = records(run)
+    log, best = records(run), results["final_is_step"]
     evals = [line for line in log if line["kind"] == "eval"]
-    chosen = next((line for line in evals if line["step"] == results["final_is_step"]), {})
+    metrics = {line["step"]: metrics_of(line) for line in evals}
     warnings = [line["text"] for line in log if line["kind"] == "warning"]
-    return {
-        "metrics": {name: value for name, value in chosen.items() if name not in NO_METRICS},
-        "between_epochs": spread_over_evals(
-            [line for line in evals if 2 * line["step"] > results["steps"]]
+    figures = {
+        "metrics": metrics.get(best, {}),
+        "between_epochs": deviations(
+            [of for step, of in metrics.items() if 2 * step > results["steps"]]
         ),
         # confidence intervals over the validation rows, for tasks with labels
         "intervals": (read_json(run / "validation.report.json") or {}).get("intervals", {}),
-        **(
-            training_figures(results, config, log, evals)
-            if config["steps"]
-            else {"seconds_to_best": results["seconds"]}
-        ),
+        "seconds_to_best": results["seconds"],
         **{name: results.get(name) for name in COSTS},
         "warnings": [*warnings, *results.get("warnings", ())],
     }
-
-
-def spread_over_evals(evals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The standard deviation of each metric over the evaluations, if there are at least two."""
-    found = {}
-    for name in [name for name in evals[0] if name not in NO_METRICS] if len(evals) > 1 else ():
-        values = [line[name] for line in evals if line.get(name) is not None]
-        if len(values) == len(evals):
-            found[name] = statistics.stdev(values)
-    return found
-
-
-def training_figures(
-    results: Mapping[str, Any],
-    config: Mapping[str, Any],
-    log: Sequence[Mapping[str, Any]],
-    evals: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """When a run of steps was best, and how long that took."""
+    if not config["steps"]:  # a model that takes no steps
+        return figures
     epoch = config["steps"] / config["epochs"]  # planned steps, because a run may end early
-    losses = [
-        (line["val_loss"], line["step"]) for line in evals if line.get("val_loss") is not None
-    ]
-    lowest = min(losses, default=None)
-    best = [
-        line["step_ms"]
-        for line in log
-        if line["kind"] == "train" and line["step"] <= results["final_is_step"]
-    ]
-    return {
-        "lowest_val_loss": lowest and lowest[0],
-        "lowest_epoch": lowest and lowest[1] / epoch,
-        "best_epoch": results["final_is_step"] / epoch,
+    losses = [(of["val_loss"], step) for step, of in metrics.items() if of.get("val_loss")]
+    if losses:
+        loss, step = min(losses)
+        figures |= {"lowest_val_loss": loss, "lowest_epoch": step / epoch}
+    steps = [line for line in log if line["kind"] == "train" and line["step"] <= best]
+    return figures | {
+        "best_epoch": best / epoch,
         "epochs": results["steps"] / epoch,
         "lr": config["lr"],
-        "seconds_to_best": sum(best) / 1e3,
+        "seconds_to_best": sum(line["step_ms"] for line in steps) / 1e3,
     }
 
 
-# --- predictions of labels
+def metrics_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics in an evaluation's record."""
+    return {name: value for name, value in line.items() if name not in NO_METRICS}
+
+
+def deviations(evals: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The standard deviation of each metric over the evaluations, if there are at least two."""
+    if len(evals) < 2:
+        return {}
+    columns: dict[str, list[Any]] = {name: [of.get(name) for of in evals] for name in evals[0]}
+    return {name: statistics.stdev(of) for name, of in columns.items() if None not in of}
 
 
 @functools.cache
 def compared(run: Path, other: Path) -> dict[str, Any] | None:
     """`confusion.paired_test` of two runs on the same validation rows. None if a run has no
-    predictions or other rows."""
+    predictions, or none of these rows."""
     from tasks.classification.confusion import paired_test
+    from tools.predictions import read_predictions
 
-    one, two = labels_of(run), labels_of(other)
-    if one is None or two is None or one[0] != two[0]:
+    files = [run / "validation.jsonl", other / "validation.jsonl"]
+    if not all(file.exists() for file in files):
         return None
-    return paired_test(one[0], one[1], two[1], seed=0)
-
-
-@functools.cache
-def labels_of(run: Path) -> tuple[list[int], list[int]] | None:
-    """The true and the predicted labels of a run's validation rows, as indices."""
-    file = run / "validation.jsonl"
-    if not file.exists():
-        return None
-    rows = [cells for _, cells in records_of(file) if isinstance(cells, dict)]
-    labels = list(rows[0]["probabilities"])
-    true = [
-        next(n for n, label in enumerate(labels) if is_name(label, row["label"])) for row in rows
-    ]
-    return true, [labels.index(row["prediction"]) for row in rows]
-
-
-def is_name(label: str, cell: str) -> bool:
-    """Whether a cell of a file names this label. As numbers, 1.0 and 1 are the same label."""
     try:
-        return float(label) == float(cell)
-    except ValueError:
-        return label == cell.strip()
+        one, two = read_predictions(list(map(str, files)))
+    except UserError:
+        return None
+    known = one.known & two.known
+    return paired_test(one.true[known], one.predicted[known], two.predicted[known], seed=0)

@@ -11,18 +11,15 @@ with them too.
 
 from __future__ import annotations
 
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive
-from benchmarks.harness import Results, alternate, cells, ratio, say, timed
-from benchmarks.machine import facts
-from benchmarks.table import markdown
+from benchmarks.harness import race, race_table, run_cases, say
 from config import PRESETS, Count, GPTConfig, PathOrName, Preset
 
 if TYPE_CHECKING:
@@ -101,7 +98,7 @@ def with_loop(
     return torch.stack(nll).sum(), torch.stack(unlikelihood).sum()
 
 
-def contenders(config: GPTConfig, options: Options, device: Any) -> dict[str, Callable[[], float]]:
+def contenders(vocab: int, options: Options, device: str) -> dict[str, Callable[[], float]]:
     """Functions by name. Each makes one optimizer step of the same model on the same rows and
     returns its loss."""
     import torch
@@ -110,46 +107,49 @@ def contenders(config: GPTConfig, options: Options, device: Any) -> dict[str, Ca
     from tasks.objectives import nll_and_unlikelihood
 
     torch.manual_seed(0)
-    model = GPT(config).to(device)
+    shape: dict[str, Any] = {"block_size": options.seq_len, **PRESETS[options.preset]}
+    model = GPT(GPTConfig(vocab_size=vocab, **shape)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(config.vocab_size, (options.batch, options.seq_len + 1), device=device)
+    tokens = torch.randint(vocab, (options.batch, options.seq_len + 1), device=device)
     idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def step_with(
-        objective: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-    ) -> Callable[[], float]:
-        def step() -> float:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                if objective is None:
-                    loss = model(idx, targets).sum()
-                else:
-                    nll, unlikelihood = objective(model.logits(model.hidden(idx)), idx, targets)
-                    loss = nll + unlikelihood
-            loss = loss / targets.numel()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.item()  # waits for the device
+    def both(objective: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+        nll, unlikelihood = objective(model.logits(model.hidden(idx)), idx, targets)
+        return nll + unlikelihood
 
-        return step
+    def step(total: Callable[[], Tensor]) -> float:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = total() / targets.numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()  # waits for the device
 
-    objectives = {PLAIN: None, OURS: nll_and_unlikelihood, MASKED: with_mask, LOOP: with_loop}
-    return {name: step_with(objective) for name, objective in objectives.items()}
+    totals = {
+        PLAIN: lambda: model(idx, targets).sum(),
+        OURS: lambda: both(nll_and_unlikelihood),
+        MASKED: lambda: both(with_mask),
+        LOOP: lambda: both(with_loop),
+    }
+    return {name: partial(step, total) for name, total in totals.items()}
+
+
+def measure(options: Options, device: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yields each vocabulary, with the seconds of each step's turns."""
+    for vocab in map(int, options.vocab.split(",")):
+        say(f"vocabulary {vocab} ...")
+        steps = contenders(vocab, options, device)
+        seconds = race(steps, range(options.repetitions), limits={LOOP: 2})
+        yield {"vocab": vocab}, {"seconds": seconds}
 
 
 def report(record: dict[str, Any]) -> str:
     """The table of steps, as Markdown."""
-    rows = []
-    for case in record["cases"]:
-        plain = case["seconds"][PLAIN]
-        for name, seconds in case["seconds"].items():
-            ms = f"{1000 * statistics.median(seconds):,.0f}"
-            rows.append([f"{case['vocab']:,}", name, ms, *cells(ratio(seconds, plain))])
     options = record["options"]
-    head = ("vocabulary", "step", "median ms", "median of a plain step", "least-most")
     return (
         f"Optimizer steps of {options['preset']} ({options['batch']} rows x {options['seq_len']} "
-        f"tokens).\n\n{markdown(head, rows, words=(1,))}"
+        "tokens). Speed x: over that of the likelihood alone.\n\n"
+        + race_table(record["cases"], ["vocab"], "steps/s", form=",.2f")
     )
 
 
@@ -157,21 +157,7 @@ def main() -> None:
     """Measure all vocabularies, write the result files and print the table."""
     options = parse(Options, sys.argv[1:])
     outlive()
-    from engine import processes
-
-    device = processes.start(options.device).device
-    path = Path(options.out) / f"objectives-{device.type}.json"
-    results = Results(path, facts(options.device), options, report)
-    shape: dict[str, Any] = {"block_size": options.seq_len, **PRESETS[options.preset]}
-    for vocab in map(int, options.vocab.split(",")):
-        say(f"vocabulary {vocab} ...")
-        steps = contenders(GPTConfig(vocab_size=vocab, **shape), options, device)
-        for step in steps.values():
-            step()  # warm up
-        turns = {name: timed(step) for name, step in steps.items()}
-        seconds = alternate(turns, range(options.repetitions), limits={LOOP: 2})
-        results.put({"vocab": vocab}, {"seconds": seconds})
-    print(results.text())
+    run_cases(options, "objectives-DEVICE", options.device, measure, report)
 
 
 if __name__ == "__main__":

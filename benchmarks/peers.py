@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +18,14 @@ from typing import Any, Literal
 from base.cli import entry_point, parse
 from base.console import outlive
 from benchmarks.contenders import CONTENDERS, SEED, SHAPES, fitting
-from benchmarks.harness import OURS, Results, Turns, say
+from benchmarks.harness import OURS, Results, Turns
 from benchmarks.machine import facts, in_own_process
-from benchmarks.steps import COLUMNS, Case, Shape, compare, row_cells
-from benchmarks.table import markdown
+from benchmarks.steps import Case, Shape, compare, figure_columns, trainer_column
+from benchmarks.table import Column, Row, table
 from config import PathOrName, Positive, known_names
 from engine.roofline import peak_flops, product_ceiling
 
 TURNS = 3, 30  # least and most turns of a contender
-BASELINE = "transformers compiled"  # the project's memory goal is a share of its memory
 NOTES = """\
 Shapes: micro-batch x length x accumulation. Speed x and memory x: this engine over the other, the
 median, least and most of turns side by side (on a GPU, medians of each alone); more speed, less
@@ -115,9 +114,7 @@ def measure(options: Options, results: Results) -> None:
                     for peer, of in CONTENDERS.items()
                     if peer in peers and not results.find(case.key | {"trainer": peer})
                 }
-                for trainer, figures in compare(case, CONTENDERS[OURS], todo, lambda: turns):
-                    say(f"{name} {precision}: {trainer}")
-                    results.put(case.key | {"trainer": trainer}, more | figures)
+                compare(case, CONTENDERS[OURS], todo, lambda: turns, results, more)
             shutil.rmtree(f"{folder}/{name}")
 
 
@@ -127,56 +124,57 @@ def measure(options: Options, results: Results) -> None:
 def report(record: dict[str, Any]) -> str:
     """The table, its notes, and one sentence per case."""
     rows = record["cases"]
-    sheet = any(row["sheet_flops"] for row in rows)
-    head = ["shape", "precision", "trainer", "tokens/s", *COLUMNS]
-    head[5:5] = ["MFU", "of sheet"] if sheet else ["MFU"]
+
+    def share(ceiling: str) -> Callable[[Row], str]:
+        def text(row: Row) -> str:
+            if "error" in row or not row[ceiling]:
+                return ""
+            return f"{row['flops_per_token'] * row['per_second'][0] / row[ceiling]:.1%}"
+
+        return text
+
+    columns: list[Column] = [
+        ("shape", lambda row: f"{row['shape']}, {size_text(row)}"),
+        ("precision", lambda row: row["precision"]),
+        ("trainer", trainer_column),
+        *figure_columns("tokens/s"),
+        ("MFU", share("ceiling_flops")),
+        ("of sheet", share("sheet_flops")),
+    ]
     ceilings = {row["precision"]: row["ceiling_flops"] / 1e12 for row in rows}
     of = ", ".join(f"{flops:.3g} TFLOP/s in {name}" for name, flops in ceilings.items())
     return (
-        f"{markdown(head, (table_row(row, sheet) for row in rows), words=range(3))}\n\n{NOTES}\n"
-        f"MFU: share of the matrix-product ceiling measured in this run, {of}"
-        f"{'; of sheet: of the maker’s data sheet' if sheet else ''}.\n\n"
+        f"{table(columns, rows, ('precision', 'trainer'))}\n\n{NOTES} MFU: share of the "
+        f"matrix-product ceiling measured in this run, {of}; of sheet: on a GPU, of the maker's data sheet.\n\n"
         + "\n".join(sentences(rows))
     )
 
 
-def table_row(row: dict[str, Any], sheet: bool) -> list[str]:
-    """The cells of one trainer's row. `sheet` adds the share of the data sheet's FLOP/s."""
-    size = f"{row['rows']} x {row['seq_len']}"
-    if row["accumulation"] > 1:
-        size += f" x {row['accumulation']}"
-    name = f"{row['trainer']}: {row['error']:.60}" if "error" in row else row["trainer"]
-    cells = row_cells(row)
-    shares = ["", ""]
-    if "error" not in row:
-        flops = row["flops_per_token"] * row["per_second"][0]
-        tops = (row["ceiling_flops"], row["sheet_flops"])
-        shares = [f"{flops / top:.1%}" if top else "" for top in tops]
-    cells[2:2] = shares if sheet else shares[:1]
-    return [f"{row['shape']}, {size}", row["precision"], name, *cells]
+def size_text(row: Row) -> str:
+    """The size of a step: rows x length, and x accumulation if there is any."""
+    factors = row["rows"], row["seq_len"], row["accumulation"]
+    return " x ".join(map(str, factors[:2] if factors[2] == 1 else factors))
 
 
 def sentences(rows: list[dict[str, Any]]) -> Iterator[str]:
     """One sentence per case: this engine beside the fastest of the peers."""
     for shape, precision in dict.fromkeys((row["shape"], row["precision"]) for row in rows):
-        peers = {
-            row["trainer"]: row
-            for row in rows
-            if (row["shape"], row["precision"]) == (shape, precision) and "speed_ratio" in row
-        }
         parts = []
         for kind, kept in (("as it ships", False), ("with our allocator", True)):
             among = [
-                name for name in peers if CONTENDERS[name].peer and CONTENDERS[name].kept == kept
+                row
+                for row in rows
+                if (row["shape"], row["precision"]) == (shape, precision)
+                and "speed_ratio" in row
+                and CONTENDERS[row["trainer"]].peer
+                and CONTENDERS[row["trainer"]].kept == kept
             ]
             if among:
-                best = min(among, key=lambda name: peers[name]["speed_ratio"][0])
+                best = min(among, key=lambda row: row["speed_ratio"][0])
                 parts.append(
-                    f"{peers[best]['speed_ratio'][0]:.2f} x the speed of the best peer {kind} "
-                    f"({best}), {peers[best]['memory_ratio']:.2f} x its memory"
+                    f"{best['speed_ratio'][0]:.2f} x the speed of the best peer {kind} "
+                    f"({best['trainer']}), {best['memory_ratio']:.2f} x its memory"
                 )
-        if BASELINE in peers:
-            parts.append(f"{peers[BASELINE]['memory_ratio']:.2f} x the memory of {BASELINE}")
         yield f"- {shape} {precision}: {'; '.join(parts) or 'no peer was measured'}."
 
 

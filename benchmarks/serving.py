@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import random
 import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,7 @@ from base.cli import entry_point, parse
 from base.commands import REPO
 from base.console import outlive
 from benchmarks.decoding import SHAPES
-from benchmarks.harness import Results, alternate, cells, ratio, say, spread
-from benchmarks.machine import facts
-from benchmarks.table import markdown
+from benchmarks.harness import alternate, race_table, run_cases, say, timed
 from config import Count, PathOrName, UserError, known_names
 
 if TYPE_CHECKING:
@@ -105,50 +104,48 @@ async def ask(address: str, prompts: list[list[int]], at_once: int, tokens: int)
         return await asyncio.gather(*(one(*pair) for pair in enumerate(prompts)))
 
 
-def measure(shape: str, options: Options) -> dict[str, Any]:
-    """Tokens per second of every turn, by the number of requests at once."""
-    import random
+def measure(options: Options, device: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yields each shape and its figures."""
+    for shape in known_names("--shape", options.shape, SHAPES):
+        say(f"{shape} ...")
+        yield {"shape": shape}, measure_shape(shape, options)
 
+
+def measure_shape(shape: str, options: Options) -> dict[str, Any]:
+    """The seconds of the turns by the number of requests at once, the tokens of a turn, and how
+    many texts were equal in all turns."""
     counts = [int(word) for word in options.parallel.split(",")]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         vocabulary = range(write_model(folder, shape).vocab_size)
         draw = random.Random(0)
         prompts = [draw.choices(vocabulary, k=PROMPT) for _ in range(options.requests)]
-        texts: list[list[str]] = []
+        answers: list[list[Any]] = []
         with server(folder, max(counts)) as address:
 
-            def turn(at_once: int) -> float:
-                began = time.perf_counter()
-                answers = asyncio.run(ask(address, prompts, at_once, options.new_tokens))
-                seconds = time.perf_counter() - began
-                texts.append([answer.choices[0].text for answer in answers])
-                return sum(answer.usage.completion_tokens for answer in answers) / seconds
+            def turn(at_once: int) -> None:
+                asked = ask(address, prompts, at_once, options.new_tokens)
+                answers.append(asyncio.run(asked))
 
             turn(max(counts))
-            say(f"{shape} ...")
-            turns = {str(n): lambda n=n: turn(n) for n in counts}
-            rates = alternate(turns, range(options.repetitions))
-    equal = sum(len(set(versions)) == 1 for versions in zip(*texts, strict=True))
-    return {"tokens_per_second": rates, "equal": equal}
+            turns = {str(n): timed(functools.partial(turn, n)) for n in counts}
+            seconds = alternate(turns, range(options.repetitions))
+    versions = zip(*([answer.choices[0].text for answer in of_turn] for of_turn in answers))
+    return {
+        "tokens": sum(answer.usage.completion_tokens for answer in answers[0]),
+        "seconds": seconds,
+        "equal": sum(len(set(texts)) == 1 for texts in versions),
+    }
 
 
 def report(record: dict[str, Any]) -> str:
     """The table, as Markdown."""
-    rows = []
-    for case in record["cases"]:
-        first, *_ = case["tokens_per_second"].values()
-        for n, rates in case["tokens_per_second"].items():
-            shown = [*cells(spread(rates), ",.0f"), *cells(ratio(rates, first))]
-            rows.append([case["shape"], n, *shown])
-    options = record["options"]
-    first = options["parallel"].partition(",")[0]
-    head = ("shape", "at once", "tokens/s", "least-most", f"beside {first}", "least-most")
-    equal = ", ".join(f"{case['equal']} at {case['shape']}" for case in record["cases"])
+    options, cases = record["options"], record["cases"]
+    equal = ", ".join(f"{case['equal']} at {case['shape']}" for case in cases)
     return (
         f"{options['requests']} requests of up to {options['new_tokens']} tokens after {PROMPT}, "
-        "temperature 1, each with its seed. Texts that were equal in all turns: "
-        f"{equal}.\n\n{markdown(head, rows, words=(0,))}"
+        "temperature 1, each with its seed. Contenders: requests at once. Texts that were equal in "
+        f"all turns: {equal}.\n\n{race_table(cases, ['shape'], 'tokens/s', 'tokens')}"
     )
 
 
@@ -160,11 +157,7 @@ def main() -> None:
         options = dataclasses.replace(
             options, shape="micro", parallel="1,4", requests=8, new_tokens=8, repetitions=2
         )
-    shapes = known_names("--shape", options.shape, SHAPES)
-    results = Results(Path(options.out) / "serving.json", facts("cpu"), options, report)
-    for shape in shapes:
-        results.put({"shape": shape}, measure(shape, options))
-    print(results.text())
+    run_cases(options, "serving", "cpu", measure, report)
 
 
 if __name__ == "__main__":

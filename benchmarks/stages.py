@@ -13,11 +13,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-import json
 import math
 import os
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +25,7 @@ from typing import Any, Literal
 
 from base.cli import entry_point, parse
 from base.commands import REPO, side_by_side
-from base.console import outlive, time_text
+from base.console import outlive
 from base.files import read_json, write_json
 from benchmarks.ladder import (
     LADDER,
@@ -51,7 +49,7 @@ from benchmarks.stages_report import (
     text_of,
 )
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
-from benchmarks.store import Cell, Figures, Store, place
+from benchmarks.store import Cell, Figures, Store, option_words, place
 from config import (
     PRESETS,
     Count,
@@ -67,12 +65,12 @@ from engine.log import records
 from engine.roofline import peak_flops
 
 BATCH_TOKENS = 524288  # tokens in a step with accumulation on a GPU, like GPT-3's smallest model
+SEQ_LEN = {"cuda": (1024, 256), "cpu": (256, 128)}  # tokens in a sequence; the second: --quick
+MICRO_BATCH = (4, 8)  # sequences in a forward pass on a CPU; the second: --quick
 ACCUMULATION = 4  # micro-batches in a step on a CPU
 # first steps that do not count: they compile, record graphs, and grow the heap
 WARM_UP = {"cuda": 3, "cpu": 2}
-TIMED = 4, 12  # least and most steps that count
-# A stage's mean step over the baseline's. Later stages are faster but have more tokens in a step.
-LIKELY_STEP = 1.5
+TIMED = {"cuda": 8, "cpu": 4}  # steps that count
 SEED = 1337
 LEARNING_RATE = 3e-4  # constant and small, because Adam's first steps amplify rounding differences
 WRITING = 6.0  # seconds reserved for the table and the chart
@@ -96,7 +94,7 @@ class Options:
     rounds: Count = 3
     """Repetitions of the ladder, if there is time."""
     steps: Count | None = None
-    """Optimizer steps of a run. Default: as many as there is time for."""
+    """Optimizer steps of a run, the first 2 (on CUDA 3) untimed. Default: 6, on CUDA 11."""
     seq_len: Count | None = None
     """Tokens in a sequence. Default: 1024 on CUDA, 256 elsewhere. With --quick: 256 and 128."""
     micro_batch: Count | None = None
@@ -146,21 +144,15 @@ def command(settings: Settings, plan: Plan, cache: Path, out: Path) -> tuple[str
         "log-every": 0,
         "resume": "never",
         "out": out,
+        "compile": settings.compile,
+        "no-compile": not settings.compile,
+        "cuda-graphs": settings.cuda_graphs,
+        "profile": settings.profile,
+        "without": "\0".join(settings.without) or None,
     }
-    words = [sys.executable]
-    if ranks > 1:
-        words += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    words.append(str(REPO / "train_gpt2.py"))
-    words += [
-        str(word)
-        for name, value in options.items()
-        if value is not None
-        for word in (f"--{name}", value)
-    ]
-    words.append("--compile" if settings.compile else "--no-compile")
-    words += ["--cuda-graphs"] * settings.cuda_graphs + ["--profile"] * settings.profile
-    words += ["--without", *settings.without] if settings.without else []
-    return tuple(words)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
+    launcher = (sys.executable, *(torchrun if ranks > 1 else ()))
+    return (*launcher, str(REPO / "train_gpt2.py"), *option_words(options))
 
 
 def figures_of(run: Path) -> Figures:
@@ -224,6 +216,8 @@ class Bench:
     machine: Machine
     plan: Plan
     store: Store
+    only: Sequence[str] | None = None  # stages to run; None: all
+    ranks: int = 1  # the largest number for the scaling; 1: no scaling
 
     def cell(self, name: str, number: int, settings: Settings, cores: int | None = None) -> Cell:
         """The run of a stage in a round, on `cores` cores (None: all)."""
@@ -247,56 +241,57 @@ class Bench:
         """The error of each stage or point that failed. Later rounds leave it out."""
         return {cell.name: error for cell, error in self.store.failed.items()}
 
+    def points(self) -> list[tuple[int, int]]:
+        """The scaling points without duplicates, which weak and strong scaling share."""
+        points = itertools.chain(*scaling_points(self.ranks).values())
+        return list(dict.fromkeys(points)) if self.ranks > 1 else []
+
+    def point(self, ranks: int, each: int, number: int) -> tuple[str, int, Settings]:
+        """The name, number and settings of a point's run: the engine's defaults on that many
+        ranks."""
+        best = default_settings(self.machine, self.failed)
+        trace = dict(steps=5, profile=True) if number == TRACE else {}
+        return (
+            f"ranks-{ranks}-each-{each}",
+            number,
+            dataclasses.replace(best, ranks=ranks, accumulation=ranks * each, **trace),
+        )
+
+    def cells(self, rounds: int) -> Iterator[Cell]:
+        """The cells of all rounds. A name that failed gets no further cells, but its failed cell
+        still counts."""
+        for number in range(1, rounds + 1):
+            for cell in self.round(number):
+                if cell.name not in self.failed or cell in self.store.failed:
+                    yield cell
+
+    def round(self, number: int) -> Iterator[Cell]:
+        """The cells of a round: the stages, none of them on a failed one, then the scaling points.
+        On a CPU each rank gets the same number of cores at every point."""
+        for stage in LADDER:
+            # computed again for each stage, because an earlier stage may have failed just now
+            for rung in ladder(self.machine, self.only, self.failed):
+                if rung.stage == stage and not rung.skipped:
+                    yield self.cell(stage.name, number, rung.settings)
+        each_rank = self.machine.cores // self.ranks if self.machine.device == "cpu" else None
+        for ranks, each in self.points():
+            cores = each_rank and each_rank * ranks
+            yield self.cell(*self.point(ranks, each, number), cores)
+            if ranks > 1 and number == 1:
+                yield self.cell(*self.point(ranks, each, TRACE), cores)
+
 
 def store_of(until: float) -> Store:
     """A store that restarts interrupted runs, because every step of a run is timed."""
     return Store(figures_of, until, restart=True)
 
 
-def cells_of(bench: Bench, only: Sequence[str] | None, number: int, most: int) -> Iterator[Cell]:
-    """The cells of one round: the stages, none of them on a failed one, then the scaling points up
-    to `most` ranks. Cells that failed in an earlier round are left out."""
-    for stage in LADDER:
-        # computed again for each stage, because an earlier stage may have failed just now
-        rungs = ladder(bench.machine, only, bench.failed)
-        rung = next((rung for rung in rungs if rung.stage == stage and not rung.skipped), None)
-        if rung and is_due(bench, cell := bench.cell(stage.name, number, rung.settings)):
-            yield cell
-    for point in distinct_points(most):
-        if is_due(bench, cell := point_cell(bench, point, number, most)):
-            yield cell
-    for point in distinct_points(most) if number == 1 else ():
-        if point[0] > 1:
-            yield point_cell(bench, point, TRACE, most)
-
-
-def is_due(bench: Bench, cell: Cell) -> bool:
-    """Whether the cell belongs to a round. A name that failed gets no further cells, but its failed
-    cell still counts."""
-    return cell.name not in bench.failed or cell in bench.store.failed
-
-
-def measure(bench: Bench, only: Sequence[str] | None, rounds: int, most: int) -> None:
+def measure(bench: Bench, rounds: int) -> None:
     """Run the cells that the folder lacks, round by round, and report each."""
-    compile_ahead(bench, [rung for rung in ladder(bench.machine, only) if not rung.skipped])
-    numbers = range(1, rounds + 1)
-    for number in numbers:
-        measure_ceilings(bench, number)
-        for cell, how in bench.store.make(cells_of(bench, only, number, most)):
-            every = [cell for n in numbers for cell in cells_of(bench, only, n, most)]
-            figures = cell.figures()
-            speed = f"{rate(figures):>10,.0f} tokens/s, " if figures else ""
-            left = time_text(bench.store.rest(every))
-            settled = sum(map(bench.store.settled, every))
-            say(f"[{settled}/{len(every)}] {cell.name:<22} {speed}{how}; about {left} left")
-
-
-def measure_ceilings(bench: Bench, number: int) -> None:
-    """Measure the speed of large matrix products, again in each round."""
-    path = bench.folder / "runs" / f"ceilings-{number}.json"
-    if not path.exists() and time.monotonic() < bench.store.until:
-        names = [name for name in ("fp32", "tf32", "bf16") if name not in bench.machine.lacks]
-        write_json(path, in_own_process(product_ceilings, bench.machine.device, names))
+    compile_ahead(bench, [rung for rung in ladder(bench.machine, bench.only) if not rung.skipped])
+    bench.store.run(
+        lambda: bench.cells(rounds), lambda figures: f"{rate(figures):,.0f} tokens/s", lambda: None
+    )
 
 
 def compile_ahead(bench: Bench, rungs: Sequence[Rung]) -> None:
@@ -334,116 +329,60 @@ def compiled_part(settings: Settings) -> Settings:
     )
 
 
-def distinct_points(most: int) -> list[tuple[int, int]]:
-    """The scaling points without duplicates. Weak and strong scaling share some, and one rank has
-    none."""
-    return list(
-        dict.fromkeys(
-            point for points in scaling_points(most).values() for point in points if most > 1
-        )
-    )
-
-
-def point_of(bench: Bench, point: tuple[int, int], number: int) -> tuple[str, Settings]:
-    """The name and the settings of a point's run: the engine's defaults on that many ranks."""
-    ranks, each = point
-    best = default_settings(bench.machine, bench.failed)
-    trace = dict(steps=5, profile=True) if number == TRACE else {}
-    return f"ranks-{ranks}-each-{each}", dataclasses.replace(
-        best, ranks=ranks, accumulation=ranks * each, **trace
-    )
-
-
-def point_cell(bench: Bench, point: tuple[int, int], number: int, most: int) -> Cell:
-    """A run of a point. On a CPU each rank gets the same number of cores at every point."""
-    name, settings = point_of(bench, point, number)
-    cores = bench.machine.cores // most * point[0] if bench.machine.device == "cpu" else None
-    return bench.cell(name, number, settings, cores)
-
-
 # --- the plan, which later calls in the same folder must share
 
 
 def shape_of(options: Options, machine: Machine) -> dict[str, Any]:
     """The part of the plan that follows from the options and the machine."""
-    cuda, names = machine.device == "cuda", list(PRESETS)
-    preset = (
-        names[min(names.index(options.preset), names.index("mini"))]
-        if options.quick
-        else options.preset
-    )
-    seq_len = options.seq_len or (
-        (256 if options.quick else 1024) if cuda else 128 if options.quick else 256
-    )
-    micro_batch = options.micro_batch or (8 if options.quick else 4)
+    cuda, quick, presets = machine.device == "cuda", options.quick, list(PRESETS)
+    preset = min(options.preset, "mini", key=presets.index) if quick else options.preset
+    seq_len = options.seq_len or SEQ_LEN[machine.device][quick]
+    micro_batch = options.micro_batch or MICRO_BATCH[quick]
     if cuda and not options.micro_batch:
         micro_batch = in_own_process(fitting_micro_batch, preset, seq_len, machine.memory)
-    accumulation = (
-        max(1, BATCH_TOKENS // (micro_batch * seq_len))
-        if cuda and not options.quick
-        else ACCUMULATION
-    )
+    accumulation = ACCUMULATION
+    if cuda and not quick:
+        accumulation = max(1, BATCH_TOKENS // (micro_batch * seq_len))
     most = options.ranks or (machine.devices if cuda else min(2, machine.cores))
-    # so that the stage ddp has the batch of the stage before it
-    ranks = max(n for n in range(1, most + 1) if accumulation % n == 0)
     return dict(
         preset=preset,
         seq_len=seq_len,
         micro_batch=micro_batch,
         accumulation=accumulation,
-        ranks=ranks,
+        # so that the stage ddp has the batch of the stage before it
+        ranks=max(n for n in range(1, most + 1) if accumulation % n == 0),
         data=options.data,
     )
 
 
-def identity_of(options: Options, machine: Machine, shape: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that must be equal for all figures of a table, by name."""
-    known = {
+def make_plan(options: Options, machine: Machine, folder: Path) -> tuple[Plan, dict[str, float]]:
+    """The plan and the measured FLOP/s of large matrix products, by precision. Both are stored in
+    the folder. Raises UserError if the folder holds a ladder with other options, or of another
+    machine or engine."""
+    file, shape = folder / "plan.json", shape_of(options, machine)
+    identity = shape | {
+        "tokenizer": options.tokenizer,
+        "steps": options.steps,
         "device": machine.device,
         "hardware": machine.name,
         "threads": machine.threads,
         "engine": engine_hash(),
+        **machine.facts["versions"],
     }
-    asked = {"tokenizer": options.tokenizer, "steps": options.steps}
-    return dict(shape) | asked | known | machine.facts["versions"]
-
-
-def make_plan(options: Options, machine: Machine, folder: Path, until: float) -> Plan:
-    """The plan stored in the folder, or a new one. Raises UserError if the stored plan has another
-    identity."""
-    shape = shape_of(options, machine)
-    identity = identity_of(options, machine, shape)
-    file = folder / "plan.json"
-    if file.exists():
-        return stored_plan(file, identity)
-    say("preparing the tokens ...")
-    tokenizer, vocabulary, flops = in_own_process(
-        prepare,
-        shape["preset"],
-        shape["seq_len"],
-        options.data,
-        options.tokenizer,
-        folder / "cache",
-    )
-    steps = options.steps or WARM_UP[machine.device] + TIMED[0]
-    plan = Plan(
-        **shape, steps=steps, tokenizer=tokenizer, vocabulary=vocabulary, flops_per_token=flops
-    )
-    if options.steps is None and until < math.inf:
-        plan = dataclasses.replace(
-            plan, steps=affordable_steps(Bench(folder, machine, plan, store_of(until)))
+    stored: dict[str, Any] | None = read_json(file)
+    if stored is None:
+        say("preparing the tokens ...")
+        made = prepare, shape["preset"], shape["seq_len"], options.data, options.tokenizer
+        tokenizer, vocabulary, flops = in_own_process(*made, folder / "cache")
+        steps = options.steps or WARM_UP[machine.device] + TIMED[machine.device]
+        plan = Plan(
+            **shape, steps=steps, tokenizer=tokenizer, vocabulary=vocabulary, flops_per_token=flops
         )
-    write_json(file, {"identity": identity, "plan": dataclasses.asdict(plan)})
-    return plan
-
-
-def stored_plan(file: Path, identity: Mapping[str, Any]) -> Plan:
-    """The plan in a file. Raises UserError if it has another identity."""
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        then, plan = stored["identity"], Plan(**stored["plan"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is not the plan of a ladder; choose another --out") from None
+        names = [name for name in ("fp32", "tf32", "bf16") if name not in machine.lacks]
+        ceilings = in_own_process(product_ceilings, machine.device, names)
+        stored = {"identity": identity, "plan": dataclasses.asdict(plan), "ceilings": ceilings}
+        write_json(file, stored)
+    then = stored["identity"]
     differ = [
         f"{k} was {then.get(k)}, is {identity.get(k)}"
         for k in then | identity
@@ -451,96 +390,46 @@ def stored_plan(file: Path, identity: Mapping[str, Any]) -> Plan:
     ]
     if differ:
         raise UserError(
-            f"{file.parent} holds another ladder ({'; '.join(differ)}); give the same options or "
+            f"{folder} holds another ladder ({'; '.join(differ)}); give the same options or "
             "another --out"
         )
-    return plan
-
-
-def affordable_steps(bench: Bench) -> int:
-    """The number of steps in a run for which two rounds fit, estimated by a short run of the
-    baseline."""
-    warm_up = WARM_UP[bench.machine.device]
-    say("a short run, to see how long steps take ...")
-    probe = Settings(device=bench.machine.device, steps=warm_up + 1)
-    cell = bench.cell("probe", 0, probe)
-    bench.store.attempt(cell)
-    record = bench.record("probe", 0, probe)
-    if record is None:
-        return warm_up + TIMED[0]  # the run of the baseline will report the error
-    step = statistics.median(record["step_ms"]) / 1e3
-    start_up = bench.store.done[cell] - (warm_up + 1) * step
-    runs = 2 * sum(rung.skipped is None for rung in ladder(bench.machine))
-    seconds = (bench.store.until - time.monotonic()) / runs
-    return steps_for(seconds, start_up, LIKELY_STEP * step, warm_up)
-
-
-def steps_for(seconds: float, start_up: float, step: float, warm_up: int) -> int:
-    """The number of steps that fit into a run of `seconds` with its start-up. The steps that count
-    are within TIMED."""
-    fit = int((seconds - start_up) / step) - warm_up
-    return warm_up + min(max(fit, TIMED[0]), TIMED[1])
+    return Plan(**stored["plan"]), stored["ceilings"]
 
 
 # --- the command
 
 
-def report(bench: Bench, only: Sequence[str] | None, most: int) -> str:
-    """Write stages.json, stages.md and stages.png from the folder's runs. Returns the text of
-    stages.md."""
-    machine, plan = bench.machine, bench.plan
+def report(bench: Bench, ceilings: Mapping[str, float]) -> dict[str, Any]:
+    """Write stages.json and stages.md from the folder's runs. Returns the content of
+    stages.json."""
+    machine, only = bench.machine, bench.only
     records = {
         rung.stage.name: bench.records(rung.stage.name, rung.settings)
         for rung in ladder(machine, None, bench.failed)
     }
     known = [name for name, found in records.items() if found or only is None or name in only]
     rungs = ladder(machine, known, bench.failed)  # a stage is compared with one of these
-    measured = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((bench.folder / "runs").glob("ceilings-*.json"))
-    ]
-    ceilings = {
-        name: statistics.median(of[name] for of in measured)
-        for name in (measured[0] if measured else ())
-    }
-    sheet = {
-        name: peak_flops(machine.name, name) if machine.device == "cuda" else None
-        for name in ceilings
-    }
-    points = {
-        point: (bench.records(*point_of(bench, point, 1)), trace_of(bench, point))
-        for point in distinct_points(most)
-    }
+    cuda = machine.device == "cuda"
+    sheet = {name: peak_flops(machine.name, name) if cuda else None for name in ceilings}
+    points: dict[tuple[int, int], Any] = {}
+    for point in bench.points():
+        name, _, settings = bench.point(*point, 1)
+        trace = bench.record(*bench.point(*point, TRACE))
+        points[point] = bench.records(name, settings), trace and trace["communication"]
     result = {
         "date": now(),
         "machine": dataclasses.asdict(machine),
-        "plan": dataclasses.asdict(plan),
+        "plan": dataclasses.asdict(bench.plan),
         "engine": engine_hash(),
         "warm_up": WARM_UP[machine.device],
         "tolerance": TOLERANCE,
         "ceilings": ceilings,
         "data_sheet": sheet,
-        "stages": stage_rows(rungs, records, bench.failed, plan, machine, ceilings, sheet),
-        "scaling": scaling_rows(points, most) if points else [],
+        "stages": stage_rows(rungs, records, bench.failed, bench.plan, machine, ceilings, sheet),
+        "scaling": scaling_rows(points, bench.ranks) if points else [],
     }
-    text = text_of(result)
-    write_report(bench.folder / "stages.json", result, text)
-    if importlib.util.find_spec("matplotlib"):
-        draw(result, bench.folder / "stages.png")
-    else:
-        say("matplotlib is not installed, so no chart was drawn; install it and repeat the command")
-    return text
-
-
-def trace_of(bench: Bench, point: tuple[int, int]) -> Figures | None:
-    """The figures of a point's traced run, or None."""
-    name, settings = point_of(bench, point, TRACE)
-    return bench.record(name, TRACE, settings)
-
-
-def asked_stages(only: str) -> list[str] | None:
-    """The names in --only, or None for all. Raises UserError for an unknown name."""
-    return known_names("--only", only, [*(stage.name for stage in LADDER), SCALING]) or None
+    write_report(bench.folder / "stages.json", result, text_of(result))
+    return result
 
 
 def make_folder(folder: Path) -> None:
@@ -551,27 +440,14 @@ def make_folder(folder: Path) -> None:
         os.environ.setdefault(f"{name}_CACHE_DIR", str(folder / "cache" / name.lower()))
 
 
-def report_failures(bench: Bench) -> int:
-    """Say what failed or was left out. Returns the exit code."""
-    store = bench.store
-    for name, line in bench.failed.items():
-        say(f"{name} failed: {line}")
-    if store.left_out:
-        made = len(store.done) + len(store.failed)
-        say(
-            f"the time was up after {made} of {made + len(store.left_out)} runs; repeat the "
-            "command for the others"
-        )
-    return 1 if store.failed else 0
-
-
 def main() -> int:
     """Measure the ladder and print its table. The exit code is 1 if a stage failed."""
     began = time.monotonic()
     options = parse(Options, sys.argv[1:])
     outlive()
-    at_least(options, steps=max(WARM_UP.values()) + 1, minutes=1)
-    only = asked_stages(options.only)
+    at_least(options, steps=max(WARM_UP.values()) + 1)
+    stages = [*(stage.name for stage in LADDER), SCALING]
+    only = known_names("--only", options.only, stages) or None
     machine = in_own_process(look, options.device, options.ranks)
     most = options.ranks or (machine.devices if machine.device == "cuda" else 1)
     if only and SCALING in only and most == 1:
@@ -579,25 +455,22 @@ def main() -> int:
     minutes = options.minutes or (10.0 if machine.device == "cuda" or options.quick else math.inf)
     folder = Path(options.out).resolve()
     make_folder(folder)
-    until = began + 60 * minutes - WRITING
-    plan = make_plan(options, machine, folder, until)
-    limit = (
-        f"{minutes:g} minutes"
-        if minutes < math.inf
-        else "no time limit: the first run shows how long the others take"
-    )
+    plan, ceilings = make_plan(options, machine, folder)
     say(
-        f"{describe(plan, machine)}\nup to {options.rounds} rounds of runs of {plan.steps} steps; "
-        f"{limit}"
+        f"{describe(plan)}, on {machine.name}\nup to {options.rounds} rounds of runs of {plan.steps} steps"
     )
-    bench = Bench(folder, machine, plan, store_of(until))
-    most = most if only is None or SCALING in only else 1
+    store = store_of(began + 60 * minutes - WRITING)
+    bench = Bench(folder, machine, plan, store, only, most if not only or SCALING in only else 1)
     try:
-        measure(bench, only, options.rounds, most)
+        measure(bench, options.rounds)
     finally:  # an interrupted ladder reports what it has
-        text = report(bench, only, most)
-    print(text)
-    return report_failures(bench)
+        result = report(bench, ceilings)
+        if importlib.util.find_spec("matplotlib"):
+            draw(result, folder / "stages.png")
+        else:
+            say("no chart: matplotlib is not installed; install it and repeat the command")
+    print(text_of(result))
+    return store.end()
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from base.charts import COLOURS, DARK, GREY, chart, short_number, short_numbers
+from base.charts import COLOURS, DARK, chart
 from base.console import bytes_text
+from benchmarks.harness import title
 from benchmarks.ladder import Machine, Plan, Rung, scaling_points
-from benchmarks.plot import ROWS, write
+from benchmarks.rows import ROWS, Bar, add_head, draw_bars
 from benchmarks.table import Column, Row, table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Largest relative difference of the last loss that rounding alone causes in a few steps. If two
 # precisions differ, the coarser one counts.
@@ -84,34 +82,34 @@ def stage_rows(
             "stage": name,
             "adds": rung.stage.adds,
             "precision": precision,
-            "reason": rung.skipped,
+            "reason": rung.skipped or failed.get(name),
+            "status": "kept" if rung.kept else "branch",
         }
+        rows.append(row)
         if rung.skipped or name in failed or not mine:
-            status = "skipped" if rung.skipped else "failed" if name in failed else "not reached"
-            rows.append(row | {"status": status, "reason": rung.skipped or failed.get(name)})
+            none = "skipped" if rung.skipped else "failed" if name in failed else "not reached"
+            row["status"] = none
             continue
-        row |= {"status": "kept" if rung.kept else "branch", "before": rung.before} | speed(mine)
         before = records[rung.before] if rung.before else ()
-        row |= {
+        devices = (rung.settings.ranks or plan.ranks) if machine.device == "cuda" else 1
+        row |= speed(mine) | {
+            "before": rung.before,
             "x_before": ratio(mine, before),
             "x_first": ratio(mine, records.get("baseline", ())),
+            "devices": devices,
+            "mfu_measured": None,
+            "mfu_sheet": None,
+            "loss_is": "",
         }
-        row["devices"] = (rung.settings.ranks or plan.ranks) if machine.device == "cuda" else 1
         # a stage on another device (the CPU beside a GPU) has no share of this device's ceiling
-        on_it = rung.settings.device == machine.device
-        for share, flops in (
-            ("mfu_measured", ceilings.get(precision)),
-            ("mfu_sheet", sheet.get(precision)),
-        ):
-            peak = row["devices"] * flops if flops and on_it else None
-            row[share] = row["tokens_per_second"] * plan.flops_per_token / peak if peak else None
+        if rung.settings.device != machine.device:
+            continue
+        for share, peaks in (("mfu_measured", ceilings), ("mfu_sheet", sheet)):
+            if flops := peaks.get(precision):
+                used = row["tokens_per_second"] * plan.flops_per_token
+                row[share] = used / (devices * flops)
         precisions = {precision, precision_of.get(rung.before or "", precision)}
-        row["loss_is"] = (
-            compare_loss(row["loss"], last_loss(before), precisions, rung.by_design)
-            if on_it
-            else ""
-        )
-        rows.append(row)
+        row["loss_is"] = compare_loss(row["loss"], last_loss(before), precisions, rung.by_design)
     return rows
 
 
@@ -133,20 +131,20 @@ def speed(mine: Sequence[Record]) -> dict[str, Any]:
 
 
 def scaling_rows(
-    points: Mapping[tuple[int, int], tuple[Sequence[Record], Record | None]], most: int
+    points: Mapping[tuple[int, int], tuple[Sequence[Record], float | None]], most: int
 ) -> list[dict[str, Any]]:
-    """The rows of weak, then of strong scaling. A point has timed records and a traced one.
+    """The rows of weak, then of strong scaling. A point has timed records and the share of
+    communication.
 
     "speedup" is over one rank, "efficiency" is the speedup over the number of ranks.
     """
     rows = []
     for kind, of_kind in scaling_points(most).items():
-        first = points[of_kind[0]][0]
         for ranks, each in of_kind:
-            timed, trace = points[ranks, each]
+            timed, communication = points[ranks, each]
             if not timed:
                 continue
-            gain = ratio(timed, first)
+            gain = ratio(timed, points[of_kind[0]][0])
             rows.append(
                 {
                     "kind": kind,
@@ -156,7 +154,7 @@ def scaling_rows(
                     "tokens_per_second": statistics.median(map(rate, timed)),
                     "speedup": gain,
                     "efficiency": gain and gain / ranks,
-                    "communication": trace and trace["communication"],
+                    "communication": communication,
                 }
             )
     return rows
@@ -164,6 +162,8 @@ def scaling_rows(
 
 # --- the table
 
+KEPT, BRANCH = COLOURS[0], COLOURS[5]
+PRODUCTS: dict[str, Any] = dict(color=DARK, linestyle=(0, (4, 2)), linewidth=1.2)
 LONGEST = 90  # characters of a note without figures
 LOSSES = {"differs": "loss differs", "by design": "loss by design", "not finite": "loss not finite"}
 
@@ -214,37 +214,30 @@ SCALING: Sequence[Column] = (
     ("of linear", figure("efficiency", "{:.1%}")),
     ("communication", figure("communication", "{:.1%}")),
 )
+SCALING_NOTE = """\
+Weak scaling: a micro-batch a rank; strong: the same batch on all ranks. On a CPU every rank has the
+same number of cores.
+Communication: the share of three traced steps in which rank 0 waits for other ranks: NCCL's kernels
+beside no other kernel, on a CPU gloo's collectives beside no operation of PyTorch's."""
 
 
-def describe(plan: Plan, machine: Machine) -> str:
-    """The model, the step and the hardware, as one line."""
-    hardware = (
-        f"{machine.name}, {machine.threads} threads" if machine.device == "cpu" else machine.name
-    )
+def describe(plan: Plan) -> str:
+    """The model and the micro-batch, as text."""
     return (
-        f"{plan.preset}, {plan.micro_batch} x {plan.seq_len} tokens, vocabulary "
-        f"{plan.vocabulary:,}, on {hardware}"
+        f"{plan.preset}, {plan.micro_batch} x {plan.seq_len} tokens, vocabulary {plan.vocabulary:,}"
     )
-
-
-def plan_of(result: Record) -> tuple[Plan, Machine]:
-    """The plan and the machine in stages.json."""
-    return Plan(**result["plan"]), Machine(**result["machine"])
 
 
 def text_of(result: Record) -> str:
     """The text of stages.md."""
-    plan, machine = plan_of(result)
-    versions = ", ".join(
-        f"{name} {version}" for name, version in machine.facts["versions"].items() if version
-    )
+    plan = Plan(**result["plan"])
     ceilings = ", ".join(
         f"{name} {value / 1e12:,.2f}" for name, value in result["ceilings"].items()
     )
     tolerance = ", ".join(f"{name} {value:g}" for name, value in result["tolerance"].items())
     tokens = plan.accumulation * plan.micro_batch * plan.seq_len
     text = (
-        f"{describe(plan, machine)}, {result['date'][:10]}: {versions}.\n\n"
+        f"{describe(plan)}. {title(result['machine']['facts'] | result)}\n\n"
         f"{table(STAGES, result['stages'], ('adds', 'note'))}\n\n"
         "Each stage adds one thing to the last stage above it that is no branch; x before is the "
         "speed over that one.\n"
@@ -256,126 +249,76 @@ def text_of(result: Record) -> str:
         f"Losses are of the last step; they are the same within a relative {tolerance}, the "
         "coarser of two.\n"
     )
-    return text + (scaling_text(result["scaling"], machine) if result["scaling"] else "")
-
-
-def scaling_text(rows: Sequence[Record], machine: Machine) -> str:
-    """The table of scaling, with its explanation."""
-    cuda = machine.device == "cuda"
-    how = (
-        "NCCL's kernels beside no other kernel"
-        if cuda
-        else "gloo's collectives beside no operation of PyTorch's"
-    )
-    cores = "" if cuda else " Every rank has the same number of cores."
-    return (
-        f"\n{table(SCALING, rows)}\n\nWeak scaling: a micro-batch a rank; strong: the same batch on "
-        "all ranks.\nCommunication: the share of three traced steps in which rank 0 waits for "
-        f"other ranks ({how}).{cores}\n"
-    )
+    if result["scaling"]:
+        text += f"\n{table(SCALING, result['scaling'])}\n\n{SCALING_NOTE}\n"
+    return text
 
 
 # --- the chart
 
-FAILURE = COLOURS[1]
-KEPT: dict[str, Any] = {"color": COLOURS[0]}
-BRANCH: dict[str, Any] = {"facecolor": "white", "edgecolor": COLOURS[5], "hatch": "////"}
-
 
 def draw(result: Record, out: Path) -> None:
-    """Draw the ladder as bars of tokens per second, beside the limit that matrix products alone
-    would set."""
+    """Draw the ladder as bars of tokens per second, with the speed that matrix products alone would
+    have."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     rows = merge_skipped(result["stages"])
-    most = max((row["fastest"] for row in rows if "step_ms" in row), default=1.0)
-    with chart(out, 13, 2.2 + 0.42 * len(rows), ROWS, w_pad=0.15, h_pad=0.1) as figure:
+    gains = [row["x_first"] for row in rows if row["status"] == "kept" and row["x_first"]]
+    with chart(out, 13, 1.8 + 0.42 * len(rows), ROWS, w_pad=0.15, h_pad=0.1) as figure:
         axes = figure.subplots()
-        axes.set_xlim(0, 1.35 * most)
-        axes.set_ylim(len(rows) - 0.4, -1.0)
+        draw_bars(
+            axes, "tokens per second, and × the last stage above", [bar_of(row) for row in rows]
+        )
+        axes.tick_params(axis="y", labelsize=9)
         for y, row in enumerate(rows):
-            draw_row(axes, y, row)
-        draw_ceilings(axes, rows, result)
-        below = f"{describe(*plan_of(result))}, {result['date'][:10]}"
-        finish(axes, headline(rows), below)
+            ceiling = result["ceilings"].get(row["precision"])
+            if ceiling and "step_ms" in row and row["stage"] != "cpu":
+                x = row["devices"] * ceiling / result["plan"]["flops_per_token"]
+                axes.plot([x, x], [y - 0.5, y + 0.5], **PRODUCTS)
+        handles = [
+            Patch(color=KEPT, label="kept"),
+            Patch(
+                edgecolor=BRANCH,
+                facecolor="white",
+                hatch="////",
+                label="a branch: not what the engine does here by itself",
+            ),
+            Line2D([], [], **PRODUCTS, label="large matrix products alone"),
+        ]
+        gain = f": × {gains[-1]:.3g} in all" if len(gains) > 1 else ""
+        where = title(result["machine"]["facts"] | result).partition(":")[0]
+        note = f"{describe(Plan(**result['plan']))}. {where}."
+        add_head(figure, f"What each optimization buys{gain}", note, handles)
 
 
 def merge_skipped(rows: Sequence[Record]) -> list[Record]:
     """The rows to draw. Consecutive stages that are skipped for the same reason become one row."""
     drawn: list[Record] = []
-    for (status, _), group in itertools.groupby(
-        rows, key=lambda row: (row["status"], row["reason"])
-    ):
-        several = list(group)
-        if status == "skipped" and len(several) > 1:
-            names = f"{several[0]['stage']} to {several[-1]['stage']}"
-            several = [dict(several[0]) | {"stage": names, "adds": f"{len(several)} stages"}]
-        drawn += several
+    for reason, group in itertools.groupby(rows, key=lambda row: row["reason"]):
+        first, *more = group
+        if reason and more and first["status"] == "skipped":
+            names = f"{first['stage']} to {more[-1]['stage']}"
+            drawn.append({**first, "stage": names, "adds": f"{1 + len(more)} stages"})
+        else:
+            drawn += [first, *more]
     return drawn
 
 
-def headline(rows: Sequence[Record]) -> str:
-    """The title of the chart, with the total gain."""
-    gains = [row["x_first"] for row in rows if row["status"] == "kept" and row["x_first"]]
-    return "What each optimization buys" + (f": × {gains[-1]:.3g} in all" if len(gains) > 1 else "")
-
-
-def draw_row(axes: Axes, y: int, row: Record) -> None:
-    """Draw a stage's name, and its bar or the reason why it has none."""
-    left: dict[str, Any] = dict(xycoords=axes.get_yaxis_transform(), ha="right", bbox=None)
-    write(axes, row["stage"], (0, y), (-8, 6), **left)
-    write(axes, row["adds"], (0, y), (-8, -7), color=GREY, fontsize=8.5, **left)
+def bar_of(row: Record) -> Bar:
+    """A stage's bar, or the reason why it has none."""
+    name = f"{row['stage']}\n{row['adds']}"
     if "step_ms" not in row:
-        colour = FAILURE if row["status"] == "failed" else GREY
-        write(axes, note(row), (0, y), (6, 0), color=colour, style="italic")
-        return
-    value, kept = row["tokens_per_second"], row["status"] == "kept"
-    axes.barh(y, value, height=0.66, zorder=2, **(KEPT if kept else BRANCH))
-    axes.plot([row["slowest"], row["fastest"]], [y, y], color=DARK, linewidth=1.3, zorder=3)
-    text = f"{value:,.0f}" + (f"   × {row['x_before']:.2f}" if row["x_before"] else "")
-    if row["loss_is"] in ("differs", "not finite"):
-        text += f"   {LOSSES[row['loss_is']]}"
-    weight = "bold" if kept and (row["x_before"] or 1) >= 1.05 else "normal"
-    colour = DARK if kept else GREY
-    write(axes, text, (row["fastest"], y), (7, 0), color=colour, weight=weight)
-
-
-def draw_ceilings(axes: Axes, rows: Sequence[Record], result: Record) -> None:
-    """Draw a line beside the rows of each precision: the speed if there were only large matrix
-    products."""
-    edge = axes.get_xlim()[1]
-    groups = itertools.groupby(
-        enumerate(rows), key=lambda item: (item[1]["precision"], item[1].get("devices", 1))
+        return Bar(name, None, text=note(row))
+    kept, gain = row["status"] == "kept", row["x_before"]
+    loss = LOSSES[row["loss_is"]] if row["loss_is"] in ("differs", "not finite") else ""
+    return Bar(
+        name,
+        row["tokens_per_second"],
+        row["slowest"],
+        row["fastest"],
+        f"{row['tokens_per_second']:,.0f}" + (f"   × {gain:.2f}" if gain else "") + f"   {loss}",
+        KEPT if kept else BRANCH,
+        hollow=not kept,
+        bold=kept and (gain or 1) >= 1.05,
     )
-    for (precision, devices), group in groups:
-        ys = [y for y, row in group if row["stage"] != "cpu" and "step_ms" in row]
-        ceiling = result["ceilings"].get(precision)
-        if not ys or not ceiling:
-            continue
-        x = devices * ceiling / result["plan"]["flops_per_token"]
-        axes.plot([x, x], [ys[0] - 0.5, ys[-1] + 0.5], color=DARK, linestyle=(0, (4, 2)), zorder=4)
-        text, left = f"{precision} products alone: {short_number(x)}", x > 0.75 * edge
-        write(
-            axes,
-            text + (" →" if x > edge else ""),
-            (min(x, edge), ys[0] - 0.5),
-            (-4 if left else 4, 1),
-            fontsize=9,
-            ha="right" if left else "left",
-            va="bottom",
-            zorder=6,
-        )
-
-
-def finish(axes: Axes, title: str, below: str) -> None:
-    """Draw the axis, the legend, and the title with a line below it."""
-    from matplotlib.patches import Patch
-
-    axes.set_yticks([])
-    axes.set_xlabel("tokens per second, and × the last stage above that is no branch")
-    short_numbers(axes.xaxis)
-    axes.set_title(title, fontsize=17, pad=30)
-    write(axes, below, (0, 1), (0, 16), xycoords="axes fraction", fontsize=10.5, color=GREY)
-    handles = [
-        Patch(**KEPT, label="kept"),
-        Patch(**BRANCH, label="a branch: not what the engine does here by itself"),
-    ]
-    axes.figure.legend(handles=handles, loc="outside lower right", ncols=2, fontsize=10)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ def look(device: str, ranks: int | None) -> Machine:
     `ranks` ranks."""
     import torch
 
+    from kernels import choose, operation_names
+
     known = facts(device)
     device, hardware = known["device"], known["hardware"]
     if device not in ("cpu", "cuda"):
@@ -43,7 +45,7 @@ def look(device: str, ranks: int | None) -> Machine:
             f"--ranks is {ranks}; it must be from 2 to the {room} {'GPUs' if cuda else 'cores'} "
             "there are"
         )
-    chosen, without = kernels_of(device, known["native"])
+    cfg = dataclasses.replace(resolve(TrainConfig(), device), precision=known["native"])
     return Machine(
         device=device,
         name=hardware["gpu"] or hardware["cpu"],
@@ -53,65 +55,61 @@ def look(device: str, ranks: int | None) -> Machine:
         memory=torch.cuda.get_device_properties(0).total_memory
         if cuda
         else hardware["memory_bytes"],
-        lacks=lacks(torch.device(device), room) | without,
-        kernels=chosen,
+        lacks=lacks(torch.device(device), room),
+        kernels=operation_names(choose(cfg, device)[0]),
         facts=known,
     )
 
 
-def kernels_of(device: str, precision: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The engine's default kernels here, and why other kernels cannot run."""
-    from kernels import OPERATIONS, choose, operation_names
-
-    cfg = dataclasses.replace(resolve(TrainConfig(), device), precision=precision)
-    lacking = {}
-    for name in OPERATIONS:
-        try:
-            choose(dataclasses.replace(cfg, kernels=name), device)
-        except UserError as error:
-            lacking[name] = str(error).partition(";")[0].removeprefix(f"--kernels {name}: {name} ")
-    return operation_names(choose(cfg, device)[0]), lacking
+def refused(option: str, choose: Callable[[], object]) -> str | None:
+    """Why the engine refuses an option, or None if it takes it."""
+    try:
+        choose()
+    except UserError as error:
+        return str(error).partition(";")[0].removeprefix(f"{option} ")
+    return None
 
 
 def lacks(device: torch.device, room: int) -> dict[str, str]:
-    """The needs of stages that this machine lacks, with the engine's own reasons. `room` is the
-    number of ranks that fit."""
+    """The needs of stages that this machine lacks, kernels too, with the engine's own reasons.
+    `room` is the number of ranks that fit."""
     import torch
 
     from engine.compiling import compiler_problem
     from engine.precision import choose_precision, set_products
+    from kernels import KERNELS, choose
     from kernels._triton import no_triton_reason
     from kernels.attention import attention_backends
 
-    def refused(precision: str) -> str | None:
-        try:
-            choose_precision(precision, device)
-        except UserError as error:
-            return str(error).partition(";")[0].removeprefix(f"--precision {precision} ")
-        return None
+    def precision(name: str) -> str | None:
+        return refused(f"--precision {name}", lambda: choose_precision(name, device))
+
+    def kernel(name: str) -> str | None:
+        cfg = dataclasses.replace(
+            resolve(TrainConfig(), device.type), precision=native, kernels=name
+        )
+        return refused(f"--kernels {name}: {name}", lambda: choose(cfg, device.type))
 
     cuda = device.type == "cuda"
     native, why = choose_precision("auto", device)
     best, plain = (
         attention_backends(device, torch.bfloat16, by_hardware=which)[0] for which in (True, False)
     )
+    products = set_products("fp32", device)
     reasons = {
-        "products": None
-        if set_products("fp32", device)
-        else "is for CPUs where it is faster than MKL",
-        "tf32": refused("tf32"),
+        "products": None if products else "is for CPUs where it is faster than MKL",
+        "tf32": precision("tf32"),
         "bf16": None if native == "bf16" else why,
         "compiler": compiler_problem(device.type),
         "ranks": None if room > 1 else f"there is one {'GPU' if cuda else 'core'}",
         "backend": None if best != plain else f"{best.name.lower()} is the best here already",
-        "heap": "about a CPU's memory"
-        if cuda
-        else None
-        if sys.platform == "linux"
-        else "needs Linux",
+        "heap": "about a CPU's memory" if cuda else None,
         "graphs": no_triton_reason("cuda") if cuda else "needs a CUDA GPU",
-        "fp8": refused("fp8"),
+        "fp8": precision("fp8"),
     }
+    if not cuda and sys.platform != "linux":
+        reasons["heap"] = "needs Linux"
+    reasons |= {name: kernel(name) for name in KERNELS}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -142,13 +140,14 @@ def train_tokenizer(folder: Path) -> None:
     import torch
 
     from text import corpus
+    from text.files import stdlib_files
     from text.tokenizer_training import train_bpe
 
     sources = sorted(Path(torch.__file__).parent.rglob("*.py"))
     sizes = itertools.accumulate(path.stat().st_size for path in sources)
     beside = [path for path, size in zip(sources, sizes) if size <= TORCH_SOURCE]
     say(f"training a tokenizer of {GPT2_VOCABULARY:,} tokens on this machine's Python source")
-    texts = (text for text, _ in corpus.TextFiles([*corpus.stdlib_files(), *beside]).segments())
+    texts = (text for text, _ in corpus.TextFiles([*stdlib_files(), *beside]).segments())
     train_bpe(texts, GPT2_VOCABULARY, folder)
 
 

@@ -15,21 +15,22 @@ import functools
 import gc
 import importlib
 import math
-import shutil
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from base.console import bytes_text
 from base.errors import reason
 from base.machine import resident_bytes
-from benchmarks.harness import OURS, Turns, alternate, cells, ratio, spread
+from benchmarks.harness import OURS, Results, Turns, alternate, ratio, say, spread, spread_columns
 from benchmarks.machine import forget_peak
+from benchmarks.table import Column, Row
 from config import GPTConfig, UserError
 
 if TYPE_CHECKING:
@@ -106,15 +107,6 @@ class Trainer:
     padded: bool = False  # the vocabulary's padding takes part in the softmax
     needs_gpu: bool = False
 
-    def lacking(self, device: str) -> str | None:
-        """The reason why the trainer cannot run on this machine, or None."""
-        if self.needs_gpu and device == "cpu":
-            return "needs a CUDA GPU"
-        compilers = map(shutil.which, ("c++", "g++", "clang++"))
-        if self.compiled and device == "cpu" and not any(compilers):
-            return "needs a C++ compiler"
-        return None
-
 
 # --- in a trainer's process
 
@@ -124,7 +116,6 @@ class Turn:
     """The figures of one turn of a trainer."""
 
     seconds: float  # per step
-    cpu_seconds: float  # of a step, over all threads; other load changes it less
     loss: float  # in the last step
     grad_norm: float
     memory: int  # peak so far, in bytes, without the code
@@ -145,11 +136,17 @@ _held: list[Callable[[int], Turn]] = []  # the function that takes a turn, once 
 
 
 def begin(trainer: Trainer, case: Case) -> Opening:
-    """Build the step that must agree and take it twice. Then prepare the step that is timed."""
+    """Build the step that must agree and take it twice. Then prepare the step that is timed. Raises
+    UserError if the trainer cannot run here."""
     import torch
 
     from engine import memory
+    from engine.compiling import compiler_problem
 
+    if trainer.needs_gpu and case.device == "cpu":
+        raise UserError("needs a CUDA GPU")
+    if trainer.compiled and (problem := compiler_problem(case.device)):
+        raise UserError(problem)
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
     for module in ("torch._dynamo", *trainer.imports):  # torch's optimizers load torch._dynamo late
         importlib.import_module(module)
@@ -198,15 +195,15 @@ def take_turn(step: Step, device: str, code: int, steps: int) -> Turn:
 
     from engine import processes
 
-    began, cpu = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
     for _ in range(steps):
         loss, norm = step()
     figures = loss.item(), norm.item()  # waits for the device
     if device == "cuda":
         torch.cuda.synchronize()
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    seconds = (time.perf_counter() - began) / steps
     memory = processes.memory_bytes(torch.device(device)) - code
-    return Turn(seconds / steps, cpu / steps, *figures, memory)
+    return Turn(seconds, *figures, memory)
 
 
 def opening(turn: Callable[[int], Turn]) -> Opening:
@@ -232,13 +229,6 @@ def answer(function: Callable[..., Any], *args: Any) -> Any:
         return f"{type(error).__name__}: {reason(error)}"
 
 
-def serve(pipe: Connection) -> None:
-    """Run the functions that the other process sends. Ends when it sends None or was killed."""
-    with contextlib.suppress(EOFError, OSError):
-        while asked := pipe.recv():
-            pipe.send(answer(*asked))
-
-
 # --- side by side
 
 
@@ -256,33 +246,18 @@ def process(
 ) -> Generator[tuple[Opening, Callable[[int], Turn]]]:
     """Yields a trainer's opening and a function that makes it take a turn in its own process. Both
     raise Failed."""
-    if reason := trainer.lacking(case.device):
-        raise Failed(name, reason)
-    context = get_context("spawn")
-    pipe, theirs = context.Pipe()
-    child = context.Process(target=serve, args=(theirs,), daemon=True)
-    child.start()
-    theirs.close()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
 
-    def ask(function: Callable[..., Any], *args: Any) -> Any:
-        try:
-            pipe.send((function, *args))
-            answered = pipe.recv()
-        except (EOFError, OSError):
-            child.join()
-            answered = f"its process ended with code {child.exitcode}"
-        if isinstance(answered, str):
-            raise Failed(name, answered)
-        return answered
+        def ask(function: Callable[..., Any], *args: Any) -> Any:
+            try:
+                answered = pool.submit(answer, function, *args).result()
+            except BrokenProcessPool:
+                answered = "its process was killed or crashed"
+            if isinstance(answered, str):
+                raise Failed(name, answered)
+            return answered
 
-    try:
         yield ask(begin, trainer, case), functools.partial(ask, take)
-    finally:
-        with contextlib.suppress(OSError):
-            pipe.send(None)
-        child.join(30)
-        child.kill()
-        child.join()
 
 
 def check_agreement(name: str, trainer: Trainer, case: Case, own: Opening, other: Opening) -> None:
@@ -306,21 +281,32 @@ def check_agreement(name: str, trainer: Trainer, case: Case, own: Opening, other
 
 
 def compare(
-    case: Case, ours: Trainer, others: dict[str, Trainer], turns: Callable[[], Turns]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the name and the figures, or an error, of this engine and of each other trainer as
-    soon as they are known. This engine comes again after each trainer that took turns with it, with
-    the figures of all its turns.
+    case: Case,
+    ours: Trainer,
+    others: dict[str, Trainer],
+    turns: Callable[[], Turns],
+    results: Results,
+    more: Mapping[str, Any],
+) -> None:
+    """Put the figures, or an error, of this engine and of each other trainer into `results`, with
+    the fields `more`, as soon as they are known. This engine comes again after each trainer that
+    took turns with it, with the figures of all its turns.
 
     `turns` is called before each of the others. Without others, nothing is measured.
     """
     if not others:
         return
+    words = " ".join(value for value in case.key.values() if isinstance(value, str))
+
+    def put(name: str, found: dict[str, Any]) -> None:
+        say(f"{words}: {name}")
+        results.put(case.key | {"trainer": name}, {**more, **found})
+
     with contextlib.ExitStack() as stack:
         start, own = stack.enter_context(process(OURS, ours, case))
         steps, first = steps_of(start), turns()
         mine = [own(steps) for _ in (first if case.alone else range(first.least))]
-        yield OURS, figures(case, start, mine)
+        put(OURS, figures(case, start, mine))
         if case.alone:
             stack.close()
         for name, trainer in others.items():
@@ -334,13 +320,13 @@ def compare(
             except Failed as error:
                 if error.name == OURS:
                     raise
-                yield name, {"error": error.reason}
+                put(name, {"error": error.reason})
                 continue
             beside = taken.get(OURS, mine)
-            yield name, figures(case, its, taken[name]) | against(taken[name], beside, case.alone)
+            put(name, figures(case, its, taken[name]) | against(taken[name], beside, case.alone))
             if not case.alone:
                 mine += beside
-                yield OURS, figures(case, start, mine)
+                put(OURS, figures(case, start, mine))
 
 
 def steps_of(start: Opening) -> int:
@@ -353,7 +339,6 @@ def figures(case: Case, start: Opening, turns: Sequence[Turn]) -> dict[str, Any]
     return {
         "opening": dataclasses.asdict(start),
         "seconds": [turn.seconds for turn in turns],
-        "cpu_seconds": [turn.cpu_seconds for turn in turns],
         "memory_bytes": max(turn.memory for turn in turns),
         "per_second": spread(case.amount / turn.seconds for turn in turns),
     }
@@ -362,28 +347,35 @@ def figures(case: Case, start: Opening, turns: Sequence[Turn]) -> dict[str, Any]
 def against(theirs: Sequence[Turn], mine: Sequence[Turn], alone: bool) -> dict[str, Any]:
     """Ratios of this engine's turns to another trainer's, of the same turn unless each ran
     alone."""
-    found: dict[str, Any] = {"memory_ratio": mine[-1].memory / theirs[-1].memory}
-    for name, ratio_name in (("seconds", "speed_ratio"), ("cpu_seconds", "cpu_ratio")):
-        over, under = ([getattr(turn, name) for turn in side] for side in (theirs, mine))
-        if alone:
-            median = statistics.median(over) / statistics.median(under)
-            ratios = [median, min(over) / max(under), max(over) / min(under)]
-        else:
-            ratios = ratio(over, under)
-        found |= {ratio_name: ratios, f"beside_{name}": under}
-    return found
+    over, under = ([turn.seconds for turn in side] for side in (theirs, mine))
+    speed = ratio(over, under)
+    if alone:
+        median = statistics.median(over) / statistics.median(under)
+        speed = [median, min(over) / max(under), max(over) / min(under)]
+    memory = mine[-1].memory / theirs[-1].memory
+    return {"memory_ratio": memory, "speed_ratio": speed, "beside_seconds": under}
 
 
 # --- in the table
 
-COLUMNS = ("least-most", "peak memory", "speed x", "least-most", "memory x")
+
+def trainer_column(row: Row) -> str:
+    """The trainer's name, with the reason why it has no figures."""
+    return f"{row['trainer']}: {row['error']:.60}" if "error" in row else row["trainer"]
 
 
-def row_cells(row: dict[str, Any], form: str = ",.0f") -> list[str]:
-    """The rate, then the cells under COLUMNS. All are empty if there are no figures."""
-    if "error" in row:
-        return [""] * (1 + len(COLUMNS))
-    ratios = [""] * 3
-    if "speed_ratio" in row:
-        ratios = [*cells(row["speed_ratio"]), f"{row['memory_ratio']:.2f}"]
-    return [*cells(row["per_second"], form), bytes_text(row["memory_bytes"]), *ratios]
+def figure_columns(rate: str, form: str = ",.0f") -> list[Column]:
+    """The columns of a trainer's figures. `rate` says what is counted per second."""
+
+    def memory(row: Row) -> str:
+        return bytes_text(row["memory_bytes"]) if "memory_bytes" in row else ""
+
+    def memory_ratio(row: Row) -> str:
+        return f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else ""
+
+    return [
+        *spread_columns(rate, lambda row: row.get("per_second"), form),
+        ("peak memory", memory),
+        *spread_columns("speed x", lambda row: row.get("speed_ratio")),
+        ("memory x", memory_ratio),
+    ]

@@ -17,13 +17,15 @@ import shlex
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from base.commands import Failed, TimeUp, execute
+from base.console import time_text
 from base.files import read_json, write_json
+from benchmarks.runs import say
 
 Figures = dict[str, Any]
 
@@ -57,6 +59,16 @@ def place(folder: Path, name: str, number: int, options: Mapping[str, Any]) -> P
     return folder / f"{name}-{number}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """The words of a command's options. True is an option without a value, None and False are none.
+    NUL separates several words of one option."""
+    words = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words += [f"--{name}", *(() if value is True else str(value).split("\0"))]
+    return words
+
+
 @dataclass
 class Store:
     """Runs cells until a time, and records the result of each."""
@@ -70,13 +82,35 @@ class Store:
     failed: dict[Cell, str] = field(default_factory=dict)  # the line that names the error
     left_out: dict[Cell, None] = field(default_factory=dict)  # cells that there was no time for
 
-    def make(self, cells: Iterable[Cell]) -> Iterator[tuple[Cell, str]]:
-        """Run the cells that are missing. Yields each cell that is done or failed, with a text that
-        says how it went."""
-        for cell in cells:
+    def run(
+        self,
+        cells: Callable[[], Iterable[Cell]],
+        show: Callable[[Figures], str],
+        write: Callable[[], object],
+    ) -> None:
+        """Run the cells that are missing. After each, call `write` and say what came.
+
+        `cells` is called again after each cell, because later cells may depend on earlier ones.
+        """
+        for cell in cells():
             how = self.attempt(cell)
-            if cell not in self.left_out:
-                yield cell, how
+            if cell in self.left_out:
+                continue
+            write()
+            every, figures = list(cells()), cell.figures()
+            settled = f"[{sum(map(self.settled, every))}/{len(every)}]"
+            came = f"{show(figures)}, {how}" if figures else how
+            left = time_text(self.rest(every))
+            say(f"{settled} {cell.label:<28} {came}; about {left} left")
+
+    def end(self) -> int:
+        """Say which cells failed or were left out. Returns the exit code."""
+        for cell, reason in self.failed.items():
+            say(f"{cell.label} failed: {reason}")
+        if self.left_out:
+            labels = ", ".join(cell.label for cell in self.left_out)
+            say(f"the time was up; repeat the command to run what is left out: {labels}")
+        return 1 if self.failed else 0
 
     def attempt(self, cell: Cell) -> str:
         """Run a cell that is not done, if there is time for it. Returns a text that says how it

@@ -13,6 +13,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,7 @@ from typing import Any
 from base.cli import entry_point, parse
 from base.commands import last_error
 from base.console import outlive
-from benchmarks.harness import Results, alternate, cells, ratio, spread, timed
-from benchmarks.machine import facts
-from benchmarks.table import markdown
+from benchmarks.harness import alternate, race_table, run_cases, timed
 from config import Count, PathOrName, PathsOrNames, SmallCount, UserError
 
 DOCUMENT = 4000  # characters, at least
@@ -48,7 +47,8 @@ class Options:
 def documents(spec: str) -> list[str]:
     """The files' text, cut after the first line end that follows each DOCUMENT characters. Pieces
     without any text are dropped."""
-    from text.corpus import TextFiles, find_files
+    from text.corpus import TextFiles
+    from text.files import find_files
 
     texts: list[str] = []
     for text, _ in TextFiles(find_files(spec)).segments():
@@ -74,27 +74,8 @@ def prepare(parquet: Path, workers: int) -> None:
         raise UserError(f"{PREPARED} failed: {reason}")
 
 
-def report(record: dict[str, Any]) -> str:
-    """The table of tokens per second, as Markdown."""
-    (case,) = record["cases"]
-    prepared = case["seconds"][PREPARED]
-    rows = []
-    for name, seconds in case["seconds"].items():
-        rates = spread(case["tokens"] / s for s in seconds)
-        rows.append([name, *cells(rates, ",.0f"), *cells(ratio(seconds, prepared))])
-    head = ("", "tokens/s", "least-most", f"{PREPARED} x", "least-most")
-    return (
-        f"{case['tokens']:,} tokens of {case['documents']:,} documents, {case['workers']} workers."
-        f"\n\n{markdown(head, rows, words=(0,))}"
-    )
-
-
-def main() -> None:
-    """Measure, write the result files and print the table. Raises UserError for too little text."""
-    options = parse(Options, sys.argv[1:])
-    outlive()
-    if not options.input:
-        raise UserError("--input is missing; name text files, for example --input corpus.txt")
+def measure(options: Options, device: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yields the seconds of the turns. Raises UserError for too little text."""
     import pyarrow
     import tiktoken
     from pyarrow import parquet
@@ -103,7 +84,7 @@ def main() -> None:
     from text.tokenizer import load_tokenizer
 
     load_tokenizer("gpt2")  # its error says what to do without a network, tiktoken's does not
-    encoding, texts = tiktoken.get_encoding("gpt2"), documents(options.input)
+    encoding, texts = tiktoken.get_encoding("gpt2"), documents(options.input or "")
     workers = options.workers or cores()
     ids = encoding.encode_ordinary_batch(texts, num_threads=workers)
     amounts = {"documents": len(texts), "tokens": sum(map(len, ids))}
@@ -112,17 +93,33 @@ def main() -> None:
             f"--input {options.input} holds {amounts['tokens']:,} tokens; name files with more "
             f"than {SHARD_TOKENS:,}"
         )
-    results = Results(Path(options.out) / "tokenizing.json", facts("cpu"), options, report)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "text.parquet"
         parquet.write_table(pyarrow.table({"text": texts}), file)
         turns = {
-            PREPARED: timed(lambda: prepare(file, workers)),
             "tiktoken": timed(lambda: encoding.encode_ordinary_batch(texts, num_threads=workers)),
+            PREPARED: timed(lambda: prepare(file, workers)),
         }
-        seconds = alternate(turns, range(options.repetitions))
-    results.put({"workers": workers} | amounts, {"seconds": seconds})
-    print(results.text())
+        yield (
+            {"workers": workers} | amounts,
+            {"seconds": alternate(turns, range(options.repetitions))},
+        )
+
+
+def report(record: dict[str, Any]) -> str:
+    """The table of tokens per second, as Markdown."""
+    return f"{PREPARED} beside tiktoken alone. Speed x: over tiktoken's.\n\n" + race_table(
+        record["cases"], ("documents", "workers"), "tokens/s", "tokens"
+    )
+
+
+def main() -> None:
+    """Measure, write the result files and print the table."""
+    options = parse(Options, sys.argv[1:])
+    outlive()
+    if not options.input:
+        raise UserError("--input is missing; name text files, for example --input corpus.txt")
+    run_cases(options, "tokenizing", "cpu", measure, report)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ nor on the micro-batch.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from decoding.benchmarks import BENCHMARKS, Benchmark, read_rows
 from decoding.sampling import inference
 from decoding.scoring import Score, Span, group_by_length, score_batch
 from engine.data import Vocabulary
-from engine.start import ended
 from model import GPT
 
 SPLIT = "benchmarks"  # the name of their rows, and of the tensor in a batch of these
@@ -34,16 +32,14 @@ class BenchmarksOfRun:
     batches: list[list[int]]  # the same as batches of places in `spans`
 
     def __init__(self, cfg: ResolvedTrain):
-        """Read the rows, unless the run has ended: it then needs none, and the files may be gone.
-        Raises UserError for a file that is not of its benchmark, and for options that have no
-        effect."""
+        """Read the rows. Raises UserError for a file that is not of its benchmark, and for options
+        that have no effect."""
         self.encoded: list[Benchmark] = []
-        over = not cfg.dry_run and ended(Path(cfg.out), cfg.steps)
         self.rows_of = [
             (kind, read_rows(kind, option, where, cfg.eval_rows or None))
             for kind in BENCHMARKS
             for option, where in [(f"--eval-{kind.name}", getattr(cfg, f"eval_{kind.name}"))]
-            if where and not over
+            if where
         ]
         if self.rows_of and not cfg.eval_every:
             raise UserError(

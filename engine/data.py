@@ -25,6 +25,15 @@ from storage.foreign import JsonObject, read_value
 from storage.shards import FORMAT, Shard, byte_lengths, read_shard, reading
 from text import corpus
 from text.characters import META, UNKNOWN
+from text.files import (
+    files_of,
+    find_files,
+    is_hidden,
+    is_hub_id,
+    stdlib_files,
+    suffix_of,
+    words_in_name,
+)
 from text.overlap import Decontaminated, N, NgramIndex, texts_of
 from text.prepare import (
     CHARACTERS,
@@ -110,12 +119,12 @@ class _Excluded:
     @staticmethod
     def find(spec: str, column: str, store: Cache) -> _Excluded:
         """Find the files. Raises UserError if there are none."""
-        files = corpus.files_of(spec)
+        files = files_of(spec)
         if files is None:
             return _Excluded(spec, column, digest("hub", spec, column))
         store.prepare()
         content = store.measure_once("sha256", files, sha256)
-        kinds = list(map(corpus.suffix_of, files))
+        kinds = list(map(suffix_of, files))
         return _Excluded(spec, column, digest(content, kinds, column))
 
     def leave_out(self, source: corpus.Source) -> corpus.Source:
@@ -260,7 +269,7 @@ def _by_vocabulary(specs: list[str]) -> list[str]:
 def _text_for_characters(data: str) -> list[Path]:
     """The text files whose characters --tokenizer characters takes."""
     shards = any(_shard_files(Path(source.spec).expanduser()) for source in specs_of(data))
-    files = None if shards else corpus.files_of(data)
+    files = None if shards else files_of(data)
     if files is None:
         raise UserError(
             f"--tokenizer {CHARACTERS} reads text files, and {data} is "
@@ -342,12 +351,12 @@ def _open(
             )
         return _open_shards(path, files, requested, store, named)
     if spec == "stdlib" and not path.exists():
-        texts = corpus.stdlib_files()
+        texts = stdlib_files()
         tokenizer = _needed(requested) if requested else stdlib_tokenizer(texts, store, say)
         return _open_text(texts, spec, tokenizer, column, store, holdout, say, excluded)
-    hub = not os.path.exists(path) and corpus.is_hub_id(spec)
+    hub = not os.path.exists(path) and is_hub_id(spec)
     # Find the files before a tokenizer is loaded: if they are missing, it is of no use.
-    texts = [] if hub else corpus.find_files(spec)
+    texts = [] if hub else find_files(spec)
     tokenizer = _needed(requested) if requested else load_tokenizer("gpt2")
     if hub:
         return _open_hub(spec, tokenizer, column, store, holdout, say, excluded)
@@ -400,8 +409,8 @@ def check_files(spec: str) -> None:
     path = Path(spec).expanduser()
     if _shard_files(path) or (spec == "stdlib" and not path.exists()):
         return
-    if os.path.exists(path) or not corpus.is_hub_id(spec):
-        for file in corpus.find_files(spec):
+    if os.path.exists(path) or not is_hub_id(spec):
+        for file in find_files(spec):
             with reading(file):
                 file.open("rb").close()
 
@@ -411,8 +420,8 @@ def _check_there(spec: str, requested: Vocabulary | None, column: str, store: Ca
     if files := _shard_files(path):
         _open_shards(path, files, requested, store)
     elif spec == "stdlib" and not path.exists():
-        corpus.stdlib_files()
-    elif os.path.exists(path) or not corpus.is_hub_id(spec):
+        stdlib_files()
+    elif os.path.exists(path) or not is_hub_id(spec):
         check_files(spec)
     elif not _is_cached(spec, requested, column, store):
         _hub_dataset(spec, column)
@@ -453,7 +462,7 @@ def _open_text(
     store.prepare()
     content = store.measure_once("sha256", files, sha256)
     # Older versions read tables by other rules, so what they cached must not be used.
-    kinds = [TABLE_READER_VERSIONS.get(kind, kind) for kind in map(corpus.suffix_of, files)]
+    kinds = [TABLE_READER_VERSIONS.get(kind, kind) for kind in map(suffix_of, files)]
     own = [excluded.sha256] if excluded else []
     key = digest(content, kinds, column, tokenizer.sha256, holdout, FORMAT, *own)[:32]
 
@@ -497,7 +506,7 @@ def _open_hub(
 def is_validation(name: str) -> bool:
     """Whether a shard's name contains the whole word val or validation: val.bin and
     fineweb_val_000000.bin do, medieval_000000.npy does not."""
-    return not {"val", "validation"}.isdisjoint(corpus.words_in_name(Path(name).stem))
+    return not {"val", "validation"}.isdisjoint(words_in_name(Path(name).stem))
 
 
 def _shard_files(path: Path) -> list[Path]:
@@ -512,11 +521,7 @@ def _shard_files(path: Path) -> list[Path]:
         )
     with reading(path):
         files = sorted(path.iterdir())
-    return [
-        file
-        for file in files
-        if file.suffix in (".bin", ".npy") and not corpus.is_hidden(file.name)
-    ]
+    return [file for file in files if file.suffix in (".bin", ".npy") and not is_hidden(file.name)]
 
 
 def _open_shards(

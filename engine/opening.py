@@ -4,6 +4,7 @@ compares the options with those of the last start."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import platform
 import sys
@@ -15,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import Resolved
+from config import Resolved, RunConfig, UserError
 from engine import processes
 from engine.lengths import Extension
-from engine.processes import World
-from engine.resume import PreviousStart, changes, previous_start
+from engine.processes import World, on_main
+from engine.resume import PreviousStart, changes, folder_of, is_finished_with, previous_start
 from engine.start import Start, claim_folder, open_run
 from engine.task import Facts, Task
 from storage import checkpoint
-from text.corpus import files_sha256
+from text.files import files_sha256
 
 
 @dataclass
@@ -65,6 +66,34 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def set_up(task: Task, cfg: RunConfig, world: World, say: Callable[[str], None]) -> Facts | None:
+    """Set up the task, on rank 0 first. Every rank must call this.
+
+    None if a file is missing, for example, but the run is finished with just these options: it
+    needs no data any more. Rank 0 then says that it is finished, and the ranks part.
+    """
+    facts = error = None
+    with contextlib.nullcontext() if cfg.dry_run else processes.main_first(world):
+        try:
+            facts = task.setup(cfg, say, dry=cfg.dry_run)
+        except UserError as mistake:
+            error = mistake
+    failed = any(processes.gather(world, error is not None))
+    if failed and on_main(world, functools.partial(is_finished_with, cfg)):
+        if world.main:
+            _say_finished(folder_of(cfg), say)
+        processes.finish(world)
+        return None
+    if error:
+        raise error
+    return facts
+
+
+def _say_finished(folder: Path, say: Callable[[str], None]) -> None:
+    results = json.loads((folder / checkpoint.RESULTS).read_text(encoding="utf-8"))
+    say(f"{folder} is finished ({results['steps']} steps): its model is {folder}/final")
+
+
 def open_folder(
     task: Task,
     facts: Facts,
@@ -95,8 +124,7 @@ def open_folder(
     resume = "auto" if _is_restart(cfg, folder, previous) else cfg.resume
     start = open_run(folder, resume, identity(task, facts, cfg), record, say, _extension(cfg))
     if start.finished:
-        results = json.loads((folder / checkpoint.RESULTS).read_text(encoding="utf-8"))
-        say(f"{folder} is finished ({results['steps']} steps): its model is {folder}/final")
+        _say_finished(folder, say)
     return OpenedRun(start, record, previous)
 
 

@@ -209,7 +209,8 @@ def disk_of(task: Task, facts: Facts, cfg: Resolved, final: int) -> Disk:
 
 
 def dry_run(task: Task, facts: Facts, cfg: Resolved, world: World, log: RunLog) -> None:
-    """Print the memory, time and disk space that the run would take."""
+    """Print the memory, time and disk space that the run would take, and leave the process
+    group."""
     rows, fits = facts.rows_per_rank(world.size), estimate_fits(facts, cfg, world)
     asked = cfg.micro_batch
     micro_batch = (largest_divisor(rows, fits) or 1) if asked == "auto" else asked
@@ -247,6 +248,7 @@ def dry_run(task: Task, facts: Facts, cfg: Resolved, world: World, log: RunLog) 
     )
     if shortage := disk.shortage(Path(cfg.out)):
         log.warn(shortage)
+    processes.finish(world)
 
 
 def known_speed(cfg: Resolved) -> tuple[float | None, str]:

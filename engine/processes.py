@@ -67,13 +67,14 @@ def start(device: str) -> World:
         torch.set_num_threads(threads_per_rank(local_size))
     control = None
     if size > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend,
-            timeout=TIMEOUT,
-            device_id=chosen if backend == "nccl" else None,
-            **_launcher_store(rank, size),
-        )
+        if not dist.is_initialized():  # tools.verify has joined before the loop does
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend,
+                timeout=TIMEOUT,
+                device_id=chosen if backend == "nccl" else None,
+                **_launcher_store(rank, size),
+            )
         control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(rank, local_rank, size, local_size, chosen, control)
 

@@ -17,7 +17,7 @@ from config import RunConfig, RunOptions, UserError, default_out
 from engine.lengths import lengths_of
 from engine.precision import choose_precision
 from engine.processes import choose_device
-from engine.start import Start
+from engine.start import Start, is_finished
 from kernels import choose, operation_names
 from storage.checkpoint import RECORD
 
@@ -39,12 +39,17 @@ class PreviousStart:
     asked: dict[str, Any] = field(default_factory=dict)
 
 
+def folder_of(cfg: RunConfig) -> Path:
+    """The folder of the run, --out or its default."""
+    return Path(cfg.out or default_out(cfg, choose_device(cfg.device).type))
+
+
 def previous_start(cfg: RunConfig) -> PreviousStart | None:
     """The last start of the run that `cfg` continues. None if the run is new.
 
     A start that failed before it wrote config.json does not count: it trained nothing.
     """
-    run = Path(cfg.out or default_out(cfg, choose_device(cfg.device).type))
+    run = folder_of(cfg)
     if not (run / RECORD).is_file():
         if cfg.resume in ("auto", "never"):
             return None
@@ -60,6 +65,25 @@ def previous_start(cfg: RunConfig) -> PreviousStart | None:
     if not isinstance(record, dict) or not isinstance(options, dict) or not options:
         return None
     return PreviousStart(options, record, record.get("asked") or {})
+
+
+def is_finished_with(cfg: RunConfig) -> bool:
+    """Whether the run of `cfg` is finished, and `cfg` would start it with the options that it had.
+
+    An option that is None or was resolved for the machine counts as equal.
+    """
+    previous = None if cfg.resume != "auto" or cfg.dry_run else previous_start(cfg)
+    if previous is None:
+        return False
+    lengths = lengths_of(previous.record)
+    planned = previous.options | {"steps": lengths[-1].steps}
+    given = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    same = all(
+        value in (None, planned.get(name), previous.asked.get(name))
+        for name, value in given.items()
+        if name not in (*START_OPTIONS, "micro_batch")
+    )
+    return same and is_finished(folder_of(cfg), lengths)
 
 
 def _read(path: Path) -> Any:

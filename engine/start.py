@@ -85,7 +85,7 @@ def open_run(
         start.folder = _resume_from(Path(resume), run, say)
     if before is not None:
         longer = extension and extension.to != start.lengths[-1].steps
-        if _is_finished(run, start.lengths) and not longer:
+        if is_finished(run, start.lengths) and not longer:
             return Start(finished=True)
         remove_leftovers(run, say)
         start.micro_batch = _micro_batch_of(run)
@@ -176,15 +176,7 @@ def _results_of(run: Path) -> dict[str, Any] | None:
     return results
 
 
-def ended(run: Path, steps: int) -> bool:
-    """Whether a run of `steps` planned steps has ended in this folder, so that a start trains
-    nothing."""
-    record = _record_of(run)
-    lengths = lengths_of(record) if record else []
-    return bool(lengths) and lengths[-1].steps == steps and _is_finished(run, lengths)
-
-
-def _is_finished(run: Path, lengths: Sequence[Length]) -> bool:
+def is_finished(run: Path, lengths: Sequence[Length]) -> bool:
     """Whether a run has ended and has not been extended since. An older version wrote no
     planned_steps."""
     results = _results_of(run)

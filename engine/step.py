@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from config import Resolved
 from engine import processes
@@ -28,10 +28,7 @@ from storage import checkpoint
 def to_device(batch: Any, device: torch.device) -> Any:
     """Copy every tensor of a batch to the device. On CUDA this does not wait for the copies. On MPS
     it must: an unfinished copy reads memory that Python may have freed."""
-    ahead = device.type == "cuda"
-    return tree_map(
-        lambda v: v.to(device, non_blocking=ahead) if isinstance(v, Tensor) else v, batch
-    )
+    return tree_map_only(Tensor, lambda v: v.to(device, non_blocking=device.type == "cuda"), batch)
 
 
 def seed_draws(seed: int, step: int, micro: int, rank: int) -> None:
@@ -112,6 +109,7 @@ class TrainStep:
         # of the schedule: more than one if its decay was restarted
         self.spans = [Span(0, cfg.steps)]
         self.signature: Any = None
+        self.settled = True  # whether DDP's buckets keep their layout
         # How many steps the parameters have had. None while an update is in progress.
         self.weights_step: int | None = 0
         self.module: nn.Module  # computes the task's loss or evaluation
@@ -148,6 +146,7 @@ class TrainStep:
             self.synced = DistributedDataParallel(
                 self.module, device_ids=ids, gradient_as_bucket_view=True
             )
+            self.settled = False
         elif self.cfg.cuda_graphs:
             # A gradient that a CUDA graph returns lies in the graph's memory, which the next replay
             # overwrites. Gradients that exist already are added to in place.
@@ -157,8 +156,9 @@ class TrainStep:
     def lr(self, step: int) -> float:
         """The learning rate of a step (0-based), before each group's scale."""
         cfg = self.cfg
-        span = span_at(step, self.spans)
-        return cfg.lr * lr_multiplier(step, span, cfg.warmup_steps, cfg.schedule, cfg.min_lr)
+        return cfg.lr * lr_multiplier(
+            step, span_at(step, self.spans), cfg.warmup_steps, cfg.schedule, cfg.min_lr
+        )
 
     def __call__(
         self, step: int, data: StepBatches, stop: Callable[[], int] = lambda: 0
@@ -170,6 +170,13 @@ class TrainStep:
         """
         self.assemble(step)
         self.model.train()
+        if not self.settled:
+            # After its first backward pass DDP divides the gradients into other buckets. The sums of
+            # three ranks or more depend on the buckets in their last bits. So a pass without weight
+            # comes first: else a resumed run would have other bits.
+            self._backward(data.spare, False, self.task.terms, {})
+            self.zero_grad()
+            self.settled = True
         total, amounts = self._sum_over_ranks(data)
         factors = {k: self.task.terms[k] / w for k, w in total.items() if w}
         sums = {k: torch.zeros((), device=self.world.device) for k in factors}

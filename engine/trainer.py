@@ -36,7 +36,7 @@ from engine.loader import Loader
 from engine.log import RunLog
 from engine.loggers import TensorBoard, Wandb
 from engine.memory import Heap
-from engine.opening import OpenedRun, identity, open_folder
+from engine.opening import OpenedRun, identity, open_folder, set_up
 from engine.plan import Choices, banner, device_peak, disk_of, dry_run, resolve_for_machine
 from engine.processes import StopSignal, World, on_main
 from engine.profiler import profiled
@@ -67,18 +67,17 @@ def train(task: Task, cfg: RunConfig, typed: Collection[str] | None = None) -> i
     asked = {name: getattr(cfg, name) for name in (*MACHINE_OPTIONS, "device")}
     world = processes.start(cfg.device)
     cfg = processes.gather(world, cfg)[0]  # other ranks may not see the run's folder
+    log = RunLog(enabled=world.main)
     stop = StopSignal(world)
     stop.install()
-    log = RunLog(enabled=world.main)
     if advice := processes.restart_advice():
         log.say(advice)
     cfg, choices = resolve_for_machine(cfg, world)
-    with contextlib.nullcontext() if cfg.dry_run else processes.main_first(world):
-        facts = task.setup(cfg, log.say, dry=cfg.dry_run)
+    if not (facts := set_up(task, cfg, world, log.say)):
+        return 0
     cfg = resolved(resolve_steps(cfg, *facts.length) if facts.length else cfg, Resolved)
     if cfg.dry_run:
         dry_run(task, facts, cfg, world, log)
-        processes.finish(world)
         return 0
     try:
         with sdpa_kernel(choices.backends, set_priority=True), contextlib.ExitStack() as held:
@@ -178,8 +177,7 @@ class Run:
         on_main(world, self._write_options)
         if world.main:
             final = sum(4 * p.numel() for p in loop.model.parameters())
-            disk = disk_of(self.task, self.facts, cfg, final)
-            if shortage := disk.shortage(self.folder):
+            if shortage := disk_of(self.task, self.facts, cfg, final).shortage(self.folder):
                 log.warn(shortage, loop.progress.step)
         log.start_progress(loop.steps, loop.progress.step)
 
@@ -190,10 +188,8 @@ class Run:
     def _open_log(self) -> None:
         progress = self.loop.progress
         resumed_at = progress.step if self.opened.start.folder else None
-        try:
+        with files.writing_to("--out", self.folder):
             self.log.open(self.folder, resumed_at, tuple(progress.done))
-        except OSError as error:
-            raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
         about = (self.folder, self._options(), self.log.warn)
         if self.cfg.wandb:
             self.log.start_logger("wandb", lambda: Wandb(*about))
@@ -201,10 +197,8 @@ class Run:
             self.log.start_logger("tensorboard", lambda: TensorBoard(*about, resumed_at or 0))
 
     def _write_options(self) -> None:
-        try:
+        with files.writing_to("--out", self.folder):
             files.write_json(self.folder / "config.json", self._options())
-        except OSError as error:
-            raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
 
     # --- out of memory in the first step
 

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels._kernel import Kernel
 from kernels._triton import device_of, jit, tl, triton
 
 # 2048 elements per program are 16 per thread: four 16-byte loads of each of four tensors are in
@@ -438,3 +439,6 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
             table, blocks, partial, len(dense), NORM_BLOCK, num_warps=NORM_WARPS
         )
     return partial.sum().sqrt()
+
+
+KERNEL = Kernel("all of AdamW in one launch", without="fused-adamw")

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from config import ATTENTION_WIDTH
+from config import ATTENTION_WIDTH, GPTConfig, RunConfig, head_dim
 from kernels import _card
 from kernels._card import CARDS, Card
+from kernels._kernel import Example, Kernel, masks_documents
 from kernels._triton import INTERPRETED, device_of, jit, tl, triton
 
 
@@ -551,3 +552,38 @@ def attention(qkv: Tensor, segments: Tensor | None = None) -> Tensor:
     if torch.is_autocast_enabled(device):
         qkv = qkv.to(torch.get_autocast_dtype(device))
     return _attention(qkv, None if segments is None else _bounds(segments))[0]
+
+
+def _without_dropout(qkv: Tensor, segments: Tensor | None, dropout: float) -> Tensor:
+    """Ignores the dropout, because a run with dropout is refused this kernel."""
+    return attention(qkv, segments)
+
+
+def _refusal(cfg: RunConfig, card: Card | None) -> str | None:
+    if cfg.dropout:
+        return "does not support dropout"
+    chosen = choose_tiles(card or _card.card(), cfg.precision, head_dim(cfg))
+    return chosen if isinstance(chosen, str) else None
+
+
+def packed_example(rows: int, config: GPTConfig, **place: Any) -> Tensor:
+    """qkv (B, T, 3, n_head, head_dim) of at least that many tokens, in whole sequences."""
+    T, heads = config.block_size, config.n_head
+    return torch.randn(-(-rows // T), T, 3, heads, config.n_embd // heads, **place)
+
+
+def _example(rows: int, config: GPTConfig, **place: Any) -> Example:
+    """Reads q, k and v and writes one tensor forward. Reads those four and the gradient and writes
+    three backward."""
+    qkv = packed_example(rows, config, **place)
+    return Example((qkv,), attention_reference, attention, moved=4.0 * qkv.nbytes)
+
+
+KERNEL = Kernel(
+    "attention on packed q, k and v",
+    _example,
+    lambda config: {"packed_attention": _without_dropout, "masks_segments": True},
+    automatic=masks_documents,  # PyTorch's own is faster where no document needs a mask
+    refusal=_refusal,
+    without="flash-attention",
+)

@@ -13,6 +13,7 @@ runs over the programs. The same inputs give the same bits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import GPTConfig
+from kernels._kernel import Example, Kernel
 from kernels._triton import device_of, jit, multiprocessors, tl, triton
 
 # One warp per program: its threads hold whole columns, so it sums them without other warps. 16
@@ -182,3 +185,21 @@ def bias_gelu(x: Tensor, bias: Tensor, triton: bool = False) -> Tensor:
             f"{x.shape[-1]} elements"
         )
     return _forward(x, bias)
+
+
+def _linear_then_bias_gelu(
+    product: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, bias: Tensor
+) -> Tensor:
+    return bias_gelu(product(x, None), bias, triton=True)
+
+
+def _example(rows: int, config: GPTConfig, **place: Any) -> Example:
+    """Reads one tensor and writes one forward, and reads two and writes one backward."""
+    x, bias = (torch.randn(*shape, 4 * config.n_embd, **place) for shape in ((rows,), ()))
+    kernel = functools.partial(bias_gelu, triton=True)
+    return Example((x, bias), bias_gelu_reference, kernel, moved=5.0 * x.nbytes)
+
+
+KERNEL = Kernel(
+    "bias and GELU in one pass", _example, lambda config: {"linear_gelu": _linear_then_bias_gelu}
+)

@@ -37,7 +37,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from config import GPTConfig, RunConfig
 from kernels import dropout
+from kernels._card import Card
+from kernels._kernel import Example, Kernel, masks_documents
+from kernels.attention import attention_reference, packed_example
 
 # Tokens times heads in a group. Larger groups share the cost of a call among more heads, until the
 # memory in use, 3 KB per token and head at head_dim 64, no longer fits the caches: here 18 MB per
@@ -362,3 +366,35 @@ def cpu_attention(qkv: Tensor, p: float = 0.0) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         qkv = qkv.to(torch.get_autocast_dtype("cpu"))
     return _forward(qkv, torch.randint(2**62, ()) if p else None, p)
+
+
+def _without_segments(qkv: Tensor, segments: Tensor | None, dropout: float) -> Tensor:
+    """Ignores the segments: here documents need a mask, and packed attention is never called with
+    one."""
+    return cpu_attention(qkv, dropout)
+
+
+def _is_automatic(cfg: RunConfig) -> bool:
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    allowed = "attention-backend" not in cfg.without and not masks_documents(cfg)
+    return allowed and is_faster(dtype)
+
+
+def _refusal(cfg: RunConfig, card: Card | None) -> str | None:
+    return "does not support --document-mask" if masks_documents(cfg) else None
+
+
+def _example(rows: int, config: GPTConfig, **place: Any) -> Example:
+    qkv = packed_example(rows, config, **place)
+    return Example((qkv,), attention_reference, cpu_attention, moved=4.0 * qkv.nbytes)
+
+
+KERNEL = Kernel(
+    "attention by batched products on a CPU",
+    _example,
+    lambda config: {"packed_attention": _without_segments},
+    automatic=_is_automatic,
+    refusal=_refusal,
+    without="flash-attention",
+    device="cpu",
+)

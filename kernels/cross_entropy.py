@@ -22,12 +22,15 @@ Gimelshein 2018).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import GPTConfig
+from kernels._kernel import Example, Kernel
 from kernels._triton import device_of, jit, tl, triton
 
 LOG2_E: Any = 1.4426950408889634 if triton is None else tl.constexpr(1.4426950408889634)
@@ -320,3 +323,18 @@ def cross_entropy_in_place(logits: Tensor, targets: Tensor, vocab_size: int) -> 
             **_launch(logits),
         )
     return losses
+
+
+def _example(rows: int, config: GPTConfig, **place: Any) -> Example:
+    """Reads the logits once and writes their gradient once, which is enough where the gradient of
+    the losses is known."""
+    logits = torch.randn(rows, config.padded_vocab_size, **place)
+    targets = torch.arange(rows, device=logits.device) * 5 % config.vocab_size
+    reference, kernel = (
+        functools.partial(function, targets=targets, vocab_size=config.vocab_size)
+        for function in (cross_entropy_reference, cross_entropy)
+    )
+    return Example((logits,), reference, kernel, moved=2.0 * logits.nbytes)
+
+
+KERNEL = Kernel("loss and its gradient in one pass", _example)

@@ -15,12 +15,15 @@ second sum runs over the programs. The same inputs give the same bits.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import GPTConfig
+from kernels._kernel import Example, Kernel
 from kernels._triton import device_of, jit, multiprocessors, tl, triton
 
 # Enough bytes must be in flight to cover the memory's latency: at 4.8 TB/s and 0.8 us these are 29
@@ -292,3 +295,28 @@ def add_layer_norm(
         )
     total, normed, *_ = _forward(x, branch, weight, bias, eps)
     return x if branch is None else total, normed
+
+
+_add_layer_norm_in_triton = functools.partial(add_layer_norm, triton=True)
+
+
+def _example(rows: int, config: GPTConfig, **place: Any) -> Example:
+    """Reads two tensors and writes two forward. Reads three and writes one backward, where it also
+    reads the norm's input."""
+    C, eps = config.n_embd, config.layer_norm_epsilon
+    x, branch, weight, bias = (
+        torch.randn(shape, **place) for shape in ((rows, C), (rows, C), (C,), (C,))
+    )
+    reference, kernel = (
+        functools.partial(function, eps=eps)
+        for function in (add_layer_norm_reference, _add_layer_norm_in_triton)
+    )
+    return Example((x, branch, weight, bias), reference, kernel, moved=8.0 * x.nbytes)
+
+
+KERNEL = Kernel(
+    "residual addition and norm in one pass",
+    _example,
+    lambda config: {"add_norm": _add_layer_norm_in_triton},
+    automatic=lambda cfg: not cfg.compile,  # torch.compile fuses it by itself, in as many bytes
+)

@@ -9,23 +9,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from config import GPTConfig
-from kernels.attention import attention, explicit_attention, fused_attention
-from kernels.bias_gelu import bias_gelu, linear_gelu_reference
-from kernels.cpu_attention import cpu_attention
+from kernels._kernel import all_kernels
+from kernels.attention import explicit_attention, fused_attention
+from kernels.bias_gelu import linear_gelu_reference
 from kernels.cross_entropy import cross_entropy
 from kernels.dropout import Dropout
 from kernels.fp8_linear import fp8_linear
-from kernels.layer_norm import add_layer_norm, add_layer_norm_reference
+from kernels.layer_norm import add_layer_norm_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from kernels.split_heads import Heads, Product, split_heads_reference
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-Product = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Ops:
     """The linear layers of a block in training. In evaluation they are always F.linear."""
     linear_gelu: Callable[[Product, Tensor, Tensor], Tensor] = linear_gelu_reference
     """Takes product, x and bias; returns the GELU of product(x, bias)."""
+    split_heads: Callable[[Product, Tensor, Tensor, int], Heads] = split_heads_reference
+    """Takes product, x, bias and n_head; returns q, k and v of product(x, bias)."""
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] = fused_attention
     """Takes q, k, v (B, n_head, T, head_dim), a mask (None: plain causal) and the dropout."""
     packed_attention: Callable[[Tensor, Tensor | None, float], Tensor] | None = None
@@ -55,24 +58,15 @@ class Ops:
 
 def ops_of(config: GPTConfig) -> Ops:
     """The operations that a configuration asks for."""
-    named = config.kernels
-    packed, masks_segments = None, False
-    if "attention" in named:
-        packed, masks_segments = _attention_without_dropout, True
-    elif "cpu_attention" in named:
-        packed = _attention_without_segments
-    return Ops(
-        add_norm=functools.partial(add_layer_norm, triton=True)
-        if "layer_norm" in named
-        else add_layer_norm_reference,
-        linear=fp8_linear if config.fp8 else F.linear,
-        linear_gelu=_linear_then_bias_gelu if "bias_gelu" in named else linear_gelu_reference,
-        attention=explicit_attention if config.attention == "explicit" else fused_attention,
-        packed_attention=packed,
-        masks_segments=masks_segments,
-        loss=_loss(config.chunked_head, triton="cross_entropy" in named),
-        dropout=Dropout if config.dropout else nn.Dropout,
-    )
+    fields: dict[str, Any] = {
+        "linear": fp8_linear if config.fp8 else F.linear,
+        "attention": explicit_attention if config.attention == "explicit" else fused_attention,
+        "loss": _loss(config.chunked_head, triton="cross_entropy" in config.kernels),
+        "dropout": Dropout if config.dropout else nn.Dropout,
+    }
+    for name in config.kernels:
+        fields |= all_kernels()[name].ops(config)
+    return Ops(**fields)
 
 
 def _loss(chunked: bool, triton: bool) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
@@ -85,18 +79,3 @@ def _cross_entropy_of_all_logits(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
 ) -> Tensor:
     return cross_entropy(F.linear(x, weight.to(x.dtype)), targets, vocab_size).sum()
-
-
-def _linear_then_bias_gelu(product: Product, x: Tensor, bias: Tensor) -> Tensor:
-    return bias_gelu(product(x, None), bias, triton=True)
-
-
-def _attention_without_dropout(qkv: Tensor, segments: Tensor | None, dropout: float) -> Tensor:
-    """Ignores the dropout: kernels.choose refuses this kernel to a run with dropout."""
-    return attention(qkv, segments)
-
-
-def _attention_without_segments(qkv: Tensor, segments: Tensor | None, dropout: float) -> Tensor:
-    """Ignores the segments: here documents need a mask, and packed attention is never called with
-    one."""
-    return cpu_attention(qkv, dropout)

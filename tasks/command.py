@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Collection
@@ -14,6 +15,7 @@ from base.signals import stopped_by
 from config import UserError
 from engine.log import json_safe
 from engine.processes import record_failures
+from engine.resume import is_finished_with
 from engine.trainer import train
 from storage.checkpoint import locate
 from tasks.description import Description
@@ -35,7 +37,8 @@ def run_task(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
     if not cfg.trains and not cfg.predict:
         raise UserError("--epochs 0 trains nothing; add --predict FILE to answer its rows")
     answers_path(description, cfg)
-    _check_files(description, cfg)
+    if not (cfg.trains and is_finished_with(cfg)):  # whose data may be gone
+        _check_files(description, cfg)
     is_main = os.environ.get("RANK", "0") == "0"
     if not cfg.trains:
         if cfg.dry_run:
@@ -48,7 +51,10 @@ def run_task(task: Finetuning, cfg: Any, typed: Collection[str]) -> int:
     code = record_failures(train, task, cfg, typed)
     if code or cfg.dry_run or not is_main:
         return code
-    task.write_reports(str(cfg.out), print)
+    if task.is_set_up:
+        task.write_reports(str(cfg.out), print)
+    else:  # a finished run without its data, which can still answer
+        cfg = dataclasses.replace(cfg, epochs=0, steps=None)
     if cfg.predict and (number := stopped_by()):
         return 128 + number  # a signal after the last step: the run is finished, --predict is not
     if cfg.predict:

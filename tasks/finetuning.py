@@ -80,6 +80,7 @@ class Finetuning(Task):
 
     description: Any  # the family's subclass of Description
     cfg: Any  # an instance of description.config
+    is_set_up = False  # a finished run whose data is gone is not
     source: Source
     predict_rows: list[Row] | None = None  # the rows of --predict, once they are read
     trunk: Trunk
@@ -184,6 +185,7 @@ class Finetuning(Task):
         """The facts of the run. Call it at the end of `setup`, when trunk, rows and order are
         set."""
         epoch, size = self.order.steps_per_epoch, self.cfg.batch_size
+        self.is_set_up = True
         return Facts(
             identity=self.identity(),
             banner=self.banner(),

@@ -33,7 +33,8 @@ from engine.data import open_data
 from engine.mixture import Dataset
 from storage import shards
 from support import python_path
-from text import corpus, prepare, readers
+from text import corpus, prepare, readers, tokenizing
+from text.files import stdlib_files
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_training import train_bpe
 
@@ -419,13 +420,13 @@ def test_separate_validation_data(
 
 
 def test_stdlib_needs_no_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = corpus.stdlib_files()
+    files = stdlib_files()
     assert 5e6 < sum(path.stat().st_size for path in files) < 25e6
     assert not any("site-packages" in str(path) for path in files)
     for path in files:
         path.read_bytes().decode("utf-8" if path.name != "idlelib" else "latin-1")
     small = [path for path in files if path.parent.name == "json"]
-    monkeypatch.setattr(corpus, "stdlib_files", lambda: small)
+    monkeypatch.setattr(data, "stdlib_files", lambda: small)
     said: list[str] = []
     first = open_data("stdlib", None, None, "text", tmp_path, 16, said.append)
     assert len(said) == 2 and first.tokenizer.vocab_size <= 4096
@@ -660,24 +661,24 @@ def test_memory_is_bounded(workers: int, bpe: str, monkeypatch: pytest.MonkeyPat
         nonlocal pulled
         for text in DOCUMENTS[:40]:
             pulled += 1
-            yield corpus.Chunk([text], [True], 0, None, 0)
+            yield tokenizing.Chunk([text], [True], 0, None, 0)
 
-    for chunk, tokens, _ in corpus.tokenize(source(), load_tokenizer(bpe), workers):
+    for chunk, tokens, _ in tokenizing.tokenize(source(), load_tokenizer(bpe), workers):
         assert chunk.texts == [DOCUMENTS[given_back]] and len(tokens) > 1
-        assert pulled - given_back <= corpus.CHUNKS_PER_WORKER * workers
+        assert pulled - given_back <= tokenizing.CHUNKS_PER_WORKER * workers
         given_back += 1
         time.sleep(0.005)
     assert given_back == 40
 
 
 def test_workers_are_not_forked_beside_other_threads(bpe: str) -> None:
-    chunks = [corpus.Chunk([text], [True], 0, None, 0) for text in DOCUMENTS[:4]]
+    chunks = [tokenizing.Chunk([text], [True], 0, None, 0) for text in DOCUMENTS[:4]]
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()
     try:
         results = [
-            ids.tolist() for _, ids, _ in corpus.tokenize(iter(chunks), load_tokenizer(bpe), 2)
+            ids.tolist() for _, ids, _ in tokenizing.tokenize(iter(chunks), load_tokenizer(bpe), 2)
         ]
     finally:
         stop.set()
@@ -688,9 +689,9 @@ def test_workers_are_not_forked_beside_other_threads(bpe: str) -> None:
 def test_progress_on_a_terminal_and_elsewhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(corpus.Progress, "EVERY", 0.0)
+    monkeypatch.setattr(tokenizing.Progress, "EVERY", 0.0)
     said: list[str] = []
-    with corpus.Progress("tokenizing a.txt", 40_000_000, said.append) as progress:
+    with tokenizing.Progress("tokenizing a.txt", 40_000_000, said.append) as progress:
         progress.update(10_000_000, 2_000_000)
         time.sleep(0.01)
         progress.update(20_000_000, 4_000_000)
@@ -702,7 +703,7 @@ def test_progress_on_a_terminal_and_elsewhere(
     monkeypatch.setenv("TERM", "xterm")
     threads = threading.active_count()
     monkeypatch.setenv("COLUMNS", "100")
-    with corpus.Progress("tokenizing a.txt", 40_000_000, said.append) as progress:
+    with tokenizing.Progress("tokenizing a.txt", 40_000_000, said.append) as progress:
         progress.update(10_000_000, 2_000_000)
         assert threading.active_count() == threads  # another thread would prevent the quick fork
     assert len(said) == 2
@@ -710,29 +711,29 @@ def test_progress_on_a_terminal_and_elsewhere(
 
 
 def test_a_dead_worker_is_an_error(bpe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunks = [corpus.Chunk(["a"], [True], 0, None, 0)] * 4
+    chunks = [tokenizing.Chunk(["a"], [True], 0, None, 0)] * 4
     # With one thread, workers are forked and so inherit the next line's change.
     monkeypatch.setattr(threading, "active_count", lambda: 1)
-    monkeypatch.setattr(corpus, "encode", lambda *_: os._exit(9))
+    monkeypatch.setattr(tokenizing, "encode", lambda *_: os._exit(9))
     with pytest.raises(RuntimeError, match=r"died"):
-        list(corpus.tokenize(iter(chunks), load_tokenizer(bpe), 2))
-    monkeypatch.setattr(corpus, "encode", lambda *_: 1 / 0)
+        list(tokenizing.tokenize(iter(chunks), load_tokenizer(bpe), 2))
+    monkeypatch.setattr(tokenizing, "encode", lambda *_: 1 / 0)
     with pytest.raises(RuntimeError, match=r"ZeroDivisionError"):
-        list(corpus.tokenize(iter(chunks), load_tokenizer(bpe), 2))
+        list(tokenizing.tokenize(iter(chunks), load_tokenizer(bpe), 2))
 
 
 SCRIPT = """
 import sys, time
 from pathlib import Path
 from engine import data
-from text import corpus, prepare
+from text import corpus, prepare, tokenizing
 path, tokenizer, cache, pause = sys.argv[1:]
 prepare.SMALL, corpus.CHUNK_CHARS, prepare.cores = 0, 2000, lambda: 2
-plain = corpus.encode
+plain = tokenizing.encode
 def encode(*words):
     time.sleep(float(pause))
     return plain(*words)
-corpus.encode = encode
+tokenizing.encode = encode
 say = lambda line: print(line, flush=True)
 found = data.open_data(path, None, tokenizer, "text", Path(cache), 16, say)
 print(found.train.sha256, found.val.sha256)

@@ -217,13 +217,13 @@ def test_an_interrupted_run_resumes_after_any_shard(
 SCRIPT = """
 import sys, time
 import fineweb_prep
-from text import corpus
+from text import corpus, tokenizing
 corpus.CHUNK_CHARS = 3000
-plain = corpus.encode
+plain = tokenizing.encode
 def encode(*words):
     time.sleep(0.05)
     return plain(*words)
-corpus.encode = encode
+tokenizing.encode = encode
 fineweb_prep.main(sys.argv[1:])
 """
 

@@ -616,7 +616,7 @@ def test_fp8_keeps_the_gelu_kernel_and_only_trains(monkeypatch):
         lambda x, w, bias: calls.append(bias) or torch.nn.functional.linear(x, w, bias),
     )
     monkeypatch.setattr(
-        "kernels.ops.bias_gelu",
+        "kernels.bias_gelu.bias_gelu",
         lambda x, bias, triton: torch.nn.functional.gelu(x + bias, approximate="tanh"),
     )
     torch.manual_seed(0)

@@ -24,6 +24,7 @@ from config import UserError
 from storage.cache import Cache, digest
 from text import corpus, readers
 from text.corpus import Segment
+from text.files import files_of, suffix_of
 
 N = 13  # words of an n-gram
 EXAMPLES = 3  # shared texts that a report shows
@@ -180,14 +181,14 @@ def texts_of(spec: str, column: str) -> Iterator[str]:
         for each in specs:
             yield from texts_of(each, column)
         return
-    files = corpus.files_of(spec)
+    files = files_of(spec)
     if files is None:
         name, _, config = spec.partition(":")
         for _, cells in corpus.HubDataset(name, config or None).records():
             yield _text_of(cells, column)
         return
     for path in files:
-        if corpus.suffix_of(path) in readers.ROW_SUFFIXES:
+        if suffix_of(path) in readers.ROW_SUFFIXES:
             for _, cells in corpus.records_of(path):
                 yield _text_of(cells, column)
         else:

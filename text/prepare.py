@@ -16,7 +16,7 @@ from base.machine import cores
 from config import UserError
 from storage.cache import Cache, digest, writing_tokens
 from storage.shards import FORMAT, ShardWriter, write_manifest
-from text import corpus
+from text import corpus, tokenizing
 from text.overlap import Decontaminated
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_training import train_bpe, train_characters
@@ -54,10 +54,10 @@ def tokenize_to_folder(
     ]
     workers = cores() if source.total is None or source.total > SMALL else 1
     documents = tokens = empty = 0
-    results = corpus.tokenize(corpus.chunks(source), tokenizer, workers)
+    results = tokenizing.tokenize(tokenizing.chunks(source), tokenizer, workers)
     with (
         contextlib.closing(results),
-        corpus.Progress(f"tokenizing {label}", source.total, say) as progress,
+        tokenizing.Progress(f"tokenizing {label}", source.total, say) as progress,
     ):
         for chunk, ids, lengths in results:
             document = documents - 1 + np.cumsum(chunk.starts)  # number of each segment's document

@@ -19,16 +19,9 @@ from typing import IO, Any
 import numpy as np
 
 from config import UserError, nearest
-from text.corpus import (
-    HubDataset,
-    file_id,
-    is_hub_id,
-    named_files,
-    suffix_of,
-    unknown_kind,
-    words_in_name,
-)
+from text.corpus import HubDataset
 from text.encodings import HEAD, NotUtf8, open_decompressed, read_text, text_stream
+from text.files import file_id, is_hub_id, named_files, suffix_of, unknown_kind, words_in_name
 from text.readers import MAX_SHOWN, read_records, split_documents, with_advice
 from text.row import Expand, Reader, Record, Row, Unreadable
 from text.tables import RaggedRow

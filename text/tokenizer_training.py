@@ -20,6 +20,7 @@ from base.files import temporary_folder, writing_to
 from config import UserError, without_surrogates
 from text import corpus
 from text.characters import UNKNOWN, character_vocabulary
+from text.files import TEXT_SUFFIXES, is_hub_id, named_files
 from text.tokenizer import (
     METASPACE,
     HubTokenizer,
@@ -236,14 +237,14 @@ def open_input(items: Sequence[str], column: str, say: Callable[[str], None]) ->
     files: dict[Path, None] = {}
     sources: list[Any] = []
     for item in items:
-        if not Path(item).expanduser().exists() and (item == "stdlib" or corpus.is_hub_id(item)):
+        if not Path(item).expanduser().exists() and (item == "stdlib" or is_hub_id(item)):
             sources.append(corpus.open_text(item, column, say))
             continue
-        for name, found in corpus.named_files(item, corpus.TEXT_SUFFIXES):
+        for name, found in named_files(item, TEXT_SUFFIXES):
             if not found and Path(name).expanduser().is_dir():
                 raise UserError(
                     f"--input {name} is a folder without text files "
-                    f"({' '.join(corpus.TEXT_SUFFIXES)}); name other files or folders"
+                    f"({' '.join(TEXT_SUFFIXES)}); name other files or folders"
                 )
             if not found:
                 raise UserError(f"--input {name}: no such file; name files or folders of text")

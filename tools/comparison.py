@@ -26,6 +26,7 @@ COUNTS = ("steps", "final_is_step", "skipped", "parameters", "trained_parameters
 NOT_COMPARED = ("planned_steps",)
 COSTS = ("tokens", "memory_bytes")  # figures that a seed does not change
 MOST_COLUMNS = 4  # up to this many runs are the columns of a table; more are its rows
+MOST_NAMES = 12  # of options or figures that only some runs have
 HASH_LENGTH = 12  # characters of a sha256 that are shown
 
 
@@ -89,6 +90,8 @@ def show_differences(runs: Sequence[RunFolder]) -> dict[str, Any]:
             [n for n in common_names(list(about.values())) if n in HASHES or n not in shared],
         ),
     }
+    if about and (silent := [run.name for run in runs if run.options and run.name not in about]):
+        print(f"not recorded: those of {', '.join(silent)}")
     if not same_losses(runs):
         print(
             "the tasks, validation data or tokenizers are not the same: the losses cannot be "
@@ -116,8 +119,15 @@ def _show_differing(
     everywhere = common_names(list(values.values()))
     some = {name for each in values.values() for name in each if name not in everywhere}
     if some and title == "options":
-        print(f"not in every run: {', '.join(sorted(some))}")
+        print(f"not in every run: {_listed(sorted(some))}")
     return {name: {run: each[name] for run, each in values.items()} for name in found}
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (
+        f" and {more} more (--json has all)" if more > 0 else ""
+    )
 
 
 def _value(value: Any) -> str:
@@ -205,7 +215,7 @@ def show_metrics(
     )
     numbers = {name for each in metrics for name in each if finite_values([each], name)}
     if some := sorted(numbers - {*common, *COUNTS, *NOT_COMPARED}):
-        print(f"not in every run: {', '.join(some)}")
+        print(f"not in every run: {_listed(some)}")
     return {name: [each[name] for each in metrics] for name in common}
 
 
@@ -232,13 +242,21 @@ def show_time_to_loss(runs: Sequence[RunFolder], loss: float | None) -> dict[str
     name, curves = loss_curves(runs)
     limit = max(curve[-1].loss for curve in curves) if loss is None else loss
     points = [reached(curve, limit) for curve in curves]
+    # A curve that begins below the loss may have reached it before.
+    marks = ["≤ " if curve and curve[0].loss <= limit else "" for curve in curves]
     why = "the worst of the final losses" if loss is None else "--loss"
-    median = ", as a running median" if name == "train_loss" else ""
-    print(f"\nto {name} {limit:.4f} ({why}{median})")
+    smoothed = ", smoothed" if name == "train_loss" else ""
+    print(f"\nto {name} {limit:.4f} ({why}{smoothed})")
     columns = {
-        "steps": [f"{point.step:,.0f}" if point else "not reached" for point in points],
-        "tokens": [f"{point.tokens:,.0f}" if point else "not reached" for point in points],
-        "seconds": [f"{point.seconds:,.1f}" if point else "not reached" for point in points],
+        title: [
+            f"{mark}{getattr(point, name):,.{digits}f}" if point else "not reached"
+            for point, mark in zip(points, marks)
+        ]
+        for title, name, digits in (
+            ("steps", "step", 0),
+            ("tokens", "tokens", 0),
+            ("seconds", "seconds", 1),
+        )
     }
     _show([run.name for run in runs], columns)
     spent = [point._asdict() if point else None for point in points]

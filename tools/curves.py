@@ -20,7 +20,7 @@ MOST_POINTS = 2000  # of a line: a picture does not show more
 
 def draw_curves(groups: Sequence[tuple[str, Sequence[RunFolder]]], out: Path) -> None:
     """Draw the curves of groups of runs, each with its label in the legend, as a PNG. Training
-    losses are lines, as running medians, and validation losses are dots. A second row has the
+    losses are lines, smoothed, and validation losses are dots. A second row has the
     accuracies on benchmarks, if a run has scored them."""
     runs = [run for _, group in groups for run in group]
     longest = max(points[-1].seconds for run in runs if (points := run.train or run.val))

@@ -185,16 +185,16 @@ def same_losses(runs: Sequence[RunFolder]) -> bool:
 
 def loss_curves(runs: Sequence[RunFolder]) -> tuple[str, list[list[Point]]]:
     """The name of a loss that every run has, and its curves: validation loss, or else training loss
-    as a running median."""
+    smoothed."""
     if all(run.val for run in runs):
         return "val_loss", [run.val for run in runs]
     return "train_loss", [smoothed(run.train) for run in runs]
 
 
 def smoothed(curve: Sequence[Point]) -> list[Point]:
-    """The curve with the running median of its loss."""
-    medians = smooth([(point.step, point.loss) for point in curve])
-    return [point._replace(loss=loss) for point, (_, loss) in zip(curve, medians)]
+    """The curve with its loss smoothed as in pictures."""
+    smooth_losses = smooth([(point.step, point.loss) for point in curve])
+    return [point._replace(loss=loss) for point, (_, loss) in zip(curve, smooth_losses)]
 
 
 def reached(curve: Sequence[Point], loss: float) -> Point | None:

@@ -17,6 +17,7 @@ from base.cli import entry_point, parse
 from config import Count, CountOrNone, PathOrName, Positional, Range, SmallCount, UserError
 
 if TYPE_CHECKING:
+    from model import GPT
     from tools.serve_app import Service
 
 GRACE = 2  # seconds that requests get to end after Ctrl-C
@@ -52,6 +53,7 @@ class ServeConfig:
 def open_service(config: ServeConfig) -> Service:
     """The model, ready to answer."""
 
+    from adapters.heads import is_classifier
     from decoding.continuous import Batcher
     from decoding.loading import open_model
     from engine import processes
@@ -62,12 +64,29 @@ def open_service(config: ServeConfig) -> Service:
 
     device = processes.start(config.device).device
     dtype = inference_dtype(config.precision, device)
-    model, tokenizer = open_model(locate(config.checkpoint), config.tokenizer, device, dtype)
+    where = locate(config.checkpoint)
+    if is_classifier(where):
+        raise UserError(
+            f"{config.checkpoint} is a classifier, which gives labels and writes no text; type "
+            f"python -m finetune.TASK --init {config.checkpoint} --epochs 0 --predict FILE"
+        )
+    model, tokenizer = open_model(where, config.tokenizer, device, dtype)
+    check_finite(model, config.checkpoint)
     batcher = Batcher(model, tokenizer, config.max_batch)
     rows = config.max_batch + config.max_waiting
     name = config.name or model_name(config.checkpoint)
     reader = RequestReader(model, tokenizer, name, config.max_new_tokens, rows)
     return Service(batcher, reader, config.max_waiting)
+
+
+def check_finite(model: GPT, checkpoint: str) -> None:
+    """Raise UserError if a weight is NaN or infinite: every text would be nonsense."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(
+                f"{checkpoint} has weights that are NaN or infinite, in {name}; name an earlier "
+                "checkpoint of the run, or another model"
+            )
 
 
 def model_name(checkpoint: str) -> str:
@@ -99,6 +118,7 @@ def run(service: Service, host: str, bound: socket.socket) -> None:
     import uvicorn
 
     from tools.serve_app import application
+    from tools.serve_connection import PromptConnection
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: Any = None) -> None:
@@ -108,7 +128,7 @@ def run(service: Service, host: str, bound: socket.socket) -> None:
 
     config = uvicorn.Config(
         application(service, host, int(time.time())),
-        http="h11",
+        http=PromptConnection,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 1 << 20  # of a body
 DISCARDED = 64 << 20  # bytes of a larger body that are read, so that its sender hears why
-STALL = 60.0  # seconds that a reader may take nothing of a stream
+# Seconds that a reader may take nothing of a stream, and in which the head of a request, and then
+# its body, must arrive.
+STALL = 60.0
 PAGE = Path(__file__).with_name("serve_page.html")
 # What a waiting request is told: steps of its texts, an error, or None when its reader has left.
 Told = Progress | Refused | None
@@ -227,7 +229,15 @@ def json_of(body: Any) -> bytes:
 
 
 async def read_body(request: Request) -> bytes:
-    """The body. Raises Refused if it is too large."""
+    """The body. Raises Refused if it is too large or too slow."""
+    try:
+        async with asyncio.timeout(STALL):
+            return await _read_body(request)
+    except TimeoutError:
+        raise Refused(f"the body did not arrive in {STALL:g} seconds", status=408) from None
+
+
+async def _read_body(request: Request) -> bytes:
     refused = Refused(f"the body is larger than {MOST_BYTES:,} bytes", status=413)
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > DISCARDED:
@@ -283,8 +293,9 @@ def application(service: Service, host: str, created: int) -> Starlette:
         return Response(json_of(body), status, more, "application/json")
 
     def refusal(error: Refused) -> Response:
-        retry = {"retry_after": "1"} if error.status in (429, 503) else {}
-        return answered(error.body(), error.status, **retry)
+        more = {"retry_after": "1"} if error.status in (429, 503) else {}
+        more |= {"connection": "close"} if error.status == 408 else {}  # its body may still come
+        return answered(error.body(), error.status, **more)
 
     def guarded(
         endpoint: Callable[[Request], Awaitable[Any]],

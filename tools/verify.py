@@ -6,19 +6,23 @@ python -m tools.verify runs/demo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from base import machine
 from base.cli import entry_point, parse
+from base.console import counted
 from base.files import read_json
 from config import Count, CountOrNone, PathOrName, Positional, UserError
 
@@ -28,6 +32,7 @@ DEFAULT_STEPS = 10  # replayed if the log has no digest of the parameters after 
 TOLERANCES = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 5e-2, "fp8": 1e-1}
 # Facts in run.json whose change may change the order of sums, and so the last bits.
 ROUNDING = ("hardware", "device", "threads", "world_size", "cuda", "driver", "torch")
+GRACE = 10.0  # seconds that processes get to end by themselves when one has failed
 
 
 @dataclass(frozen=True)
@@ -57,28 +62,100 @@ def main() -> int:
     run = Path(cfg.run)
     if not cfg.run or not (run / "run.json").is_file():
         raise UserError(f"{cfg.run or 'RUN'} holds no run; type python -m tools.verify RUN")
-    return verify(run, cfg)
+    record = read_record(run)
+    if (ranks := ranks_to_start(record, cfg.device)) > 1:
+        return start_ranks(ranks, record.get("threads"))
+    return verify(run, record, cfg)
 
 
-def verify(run: Path, cfg: VerifyConfig) -> int:
+def is_main() -> bool:
+    """Whether this is rank 0, which prints and compares."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print a line, on rank 0."""
+    if is_main():
+        print(text, flush=True)
+
+
+def ranks_to_start(record: dict[str, Any], device: str | None) -> int:
+    """The processes to replay on: as many as the run had, if this machine has a core or a GPU for
+    each. 1 for a rank that torchrun has started, and where bits cannot be compared anyway."""
+    size, then = record.get("world_size", 1), record.get("device")
+    if size == 1 or "RANK" in os.environ or device not in (None, then):
+        return 1
+    import torch
+
+    here, unit = (torch.cuda.device_count(), "GPU") if then == "cuda" else (machine.cores(), "core")
+    if size <= here:
+        return size
+    print(f"the run had {size} processes, this machine has {counted(here, unit)}: replaying on one")
+    return 1
+
+
+def start_ranks(size: int, threads: int | None) -> int:
+    """Run this command again on `size` processes, with the run's `threads` unless OMP_NUM_THREADS
+    says otherwise. Returns the exit code of the first that fails, or 0."""
+    import torch.distributed as dist
+
+    # The ranks meet in a store of this process, so that no other program can take their port.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    address |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    env = os.environ | address | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    if threads:
+        env.setdefault("OMP_NUM_THREADS", str(threads))
+    command = [sys.executable, "-m", "tools.verify", *sys.argv[1:]]
+    started = [
+        subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(size)
+    ]
+    try:
+        return wait_for(started)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def wait_for(started: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait until all processes have ended, or one has failed and the others had time to end.
+    Returns the exit code of the first that failed, or 0."""
+    failed, deadline = 0, float("inf")
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in started]
+        if not failed and (failed := next(filter(None, codes), 0)):
+            deadline = time.monotonic() + GRACE
+        if None not in codes:
+            break
+        time.sleep(0.05)
+    return failed if failed >= 0 else 128 - failed
+
+
+def verify(run: Path, record: dict[str, Any], cfg: VerifyConfig) -> int:
     """Replay and compare. Returns the exit code."""
-    logged, record = logged_steps(run), read_record(run)
+    logged = logged_steps(run)
     start = choose_start(run, logged, cfg.from_step)
-    check_files(run, start)
+    if is_main():
+        check_files(run, start)
     first = start + 1
     last = start + (cfg.steps or default_steps(logged, start))
     steps = [step for step in range(first, last + 1) if step in logged]
     if len(steps) < last - start:
-        print(f"the log of {run} has {len(steps)} of the {last - start} steps after {start}")
-    print(f"replaying steps {first} to {steps[-1]} of {run}", flush=True)
+        say(f"the log of {run} has {len(steps)} of the {last - start} steps after {start}")
+    say(f"replaying steps {first} to {steps[-1]} of {run}")
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         replay = Replay(run, record, Path(folder), cfg.device)
         differing = replay.differing_facts()
         for line in differing.values():
-            print(f"differs: {line}", flush=True)
+            say(f"differs: {line}")
         found = replay.first_difference_of_weights(start, logged)
         if not found:
             replay.run(start, steps[-1])
+        if not is_main():
+            return 0
+        if not found:
             tolerance = replay.tolerance(differing)
             if "world_size" in differing:  # the checksum depends on how ranks divide a batch
                 for step in steps:
@@ -184,15 +261,23 @@ class Replay:
         from engine.processes import choose_device, start
 
         self.world = start(cfg.device)
+        if self.world.local_size < self.world.size:
+            raise UserError(
+                "tools.verify replays on one machine, whose processes share a folder; type "
+                f"torchrun --standalone --nproc_per_node={self.world.size} -m tools.verify "
+                f"{self.run_folder}"
+            )
         return resolve(cfg, choose_device(cfg.device).type)
 
     def _identity_now(self) -> dict[str, Any]:
         """The identity that a run with these options and this data would have today."""
         from config import Resolved, resolve_steps, resolved
         from engine.opening import identity
+        from engine.processes import main_first
 
         task = task_of(self.record, self.cfg)
-        facts = task.setup(self.cfg, lambda text: None)
+        with main_first(self.world):
+            facts = task.setup(self.cfg, lambda text: None)
         cfg = resolve_steps(self.cfg, *facts.length) if facts.length else self.cfg
         return json.loads(json.dumps(identity(task, facts, resolved(cfg, Resolved))))
 
@@ -241,6 +326,7 @@ class Replay:
 
     def run(self, start: int, last: int) -> None:
         """Run the loop from step `start` to step `last`, or further where it must."""
+        from engine.processes import finish
         from engine.trainer import train
 
         cfg = self.cfg
@@ -257,8 +343,11 @@ class Replay:
             return rows(split, step)
 
         task.rows = rows_until_end
-        with contextlib.suppress(ReplayEnded):
-            train(task, cfg)
+        try:
+            if stopped := train(task, cfg):
+                raise SystemExit(stopped)
+        except ReplayEnded:
+            finish(self.world)
 
     def _source(self, start: int) -> Path:
         """A checkpoint of links to the run's own files. It has the identity of today, so that the

@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import candidates
+from benchmarks import candidates, operations
 from benchmarks import kernels as bench
 from benchmarks.harness import OURS, Turns
-from benchmarks.kernels import Form, Operation, Place
+from benchmarks.operations import Form, Operation, Place
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -34,7 +34,7 @@ def test_quick_writes_a_figure_or_a_reason_for_every_form(run, tmp_path) -> None
     results = json.loads((tmp_path / "results/kernels-cpu.json").read_text())
     assert results["device"] == "cpu" and results["dtype"] in ("float32", "bfloat16")
     rows = {(row["operation"], row["form"]): row for row in results["cases"]}
-    assert {operation for operation, _ in rows} == set(bench.OPERATIONS)
+    assert {operation for operation, _ in rows} == set(operations.OPERATIONS)
     for row in rows.values():
         if "note" in row:
             assert row["note"].startswith("not measured: ") and "rate" not in row
@@ -42,9 +42,9 @@ def test_quick_writes_a_figure_or_a_reason_for_every_form(run, tmp_path) -> None
         rate, least, most = row["rate"]
         assert 0 < least <= rate <= most and row["ceiling"] > 0
         assert len(row["seconds"]) == 2 and row["forward_seconds"] > 0
-        assert row["difference"] <= max(bench.TOLERANCE.values())
-    for operation in bench.OPERATIONS:
-        assert rows[operation, bench.PYTORCH]["speed"] == [1, 1, 1]
+        assert row["difference"] <= max(operations.TOLERANCE.values())
+    for operation in operations.OPERATIONS:
+        assert rows[operation, operations.PYTORCH]["speed"] == [1, 1, 1]
     for (_, form), row in rows.items():
         if "Triton" in form:
             assert row["note"] == "not measured: needs a GPU"
@@ -59,12 +59,12 @@ def test_only_names_the_nearest(run) -> None:
     done = run("-m", "benchmarks.kernels", "--only", "adamw", "layernorm")
     assert done.returncode == 2
     assert done.stderr.startswith(
-        f"error: --only layernorm is not one of {', '.join(bench.OPERATIONS)} "
+        f"error: --only layernorm is not one of {', '.join(operations.OPERATIONS)} "
     )
     assert done.stderr.endswith("(did you mean layer_norm?)\n") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", bench.OPERATIONS)
+@pytest.mark.parametrize("name", operations.OPERATIONS)
 def test_all_forms_agree_with_pytorch(place, name, monkeypatch) -> None:
     # aot_eager traces as for a real compilation and then runs without one. That needs no compiler and
     # is fast.
@@ -77,7 +77,7 @@ def test_all_forms_agree_with_pytorch(place, name, monkeypatch) -> None:
     ours = [form for form in rows if form.startswith(OURS)]
     assert ours or name.startswith("product_")  # a layer's products have only PyTorch's form
     ours = [form for form in ours if rows[form].get("note") != "not measured: slow"]
-    for form in (bench.PYTORCH, *ours):
+    for form in (operations.PYTORCH, *ours):
         assert "note" not in rows[form], rows[form]["note"]
         assert len(rows[form]["seconds"]) == 1
     assert "failed" not in rows.get("torch.compile", {}).get("note", "")
@@ -97,7 +97,7 @@ def raises(error: Exception) -> Form:
 
 def test_a_form_that_differs_or_fails_is_not_timed(place, monkeypatch) -> None:
     forms = {
-        bench.PYTORCH: Form(lambda: lambda x: [2 * x]),
+        operations.PYTORCH: Form(lambda: lambda x: [2 * x]),
         "another output": Form(lambda: lambda x: [2 * x + 0.1 * x.detach()]),
         "another gradient": Form(lambda: lambda x: [3 * x - x.detach()]),
         "NaN": Form(lambda: lambda x: [x * torch.nan]),
@@ -105,9 +105,9 @@ def test_a_form_that_differs_or_fails_is_not_timed(place, monkeypatch) -> None:
         "large": raises(torch.OutOfMemoryError()),
         "elsewhere": Form(lambda: lambda x: [x], lacks="needs something"),
     }
-    monkeypatch.setitem(bench.OPERATIONS, "add", lambda place: add(place, forms))
+    monkeypatch.setitem(operations.OPERATIONS, "add", lambda place: add(place, forms))
     rows = {row["form"]: row for row in bench.compare("add", place, Turns(2, 2))}
-    assert list(rows) == list(forms) and len(rows[bench.PYTORCH]["seconds"]) == 2
+    assert list(rows) == list(forms) and len(rows[operations.PYTORCH]["seconds"]) == 2
     for form in ("another output", "another gradient", "NaN"):
         assert rows[form]["note"].startswith("failed: Differs: ") and "rate" not in rows[form]
     assert rows["broken"]["note"] == "failed: ValueError: no such thing"
@@ -123,8 +123,8 @@ def test_a_form_may_run_out_of_memory_only_beside_the_others(place, monkeypatch)
             raise error
         return [2 * x]
 
-    forms = {bench.PYTORCH: Form(lambda: function), "other": Form(lambda: lambda x: [2 * x])}
-    monkeypatch.setitem(bench.OPERATIONS, "add", lambda place: add(place, forms))
+    forms = {operations.PYTORCH: Form(lambda: function), "other": Form(lambda: lambda x: [2 * x])}
+    monkeypatch.setitem(operations.OPERATIONS, "add", lambda place: add(place, forms))
     first, second = bench.compare("add", place, Turns(2, 2))
     assert first["note"] == "not measured: out of memory"
     assert len(second["seconds"]) == 2 and second["speed"] is None  # nothing to compare with
@@ -132,10 +132,10 @@ def test_a_form_may_run_out_of_memory_only_beside_the_others(place, monkeypatch)
 
 def test_our_own_failure_ends_in_one(place, monkeypatch, tmp_path) -> None:
     forms = {
-        bench.PYTORCH: Form(lambda: lambda x: [2 * x]),
+        operations.PYTORCH: Form(lambda: lambda x: [2 * x]),
         f"{OURS}, Triton": Form(lambda: lambda x: [3 * x]),
     }
-    monkeypatch.setitem(bench.OPERATIONS, "add", lambda place: add(place, forms))
+    monkeypatch.setitem(operations.OPERATIONS, "add", lambda place: add(place, forms))
     # this process keeps its allocator
     monkeypatch.setattr(bench, "set_allocator", lambda keep_freed: None)
     monkeypatch.setattr(
@@ -157,7 +157,7 @@ def test_attention_counts_the_pairs_that_are_seen(place, document) -> None:
     pairs = place.size.rows // T * model.n_head * seen.sum().item()
     # q k' and p v forward; dp, dv, dq, dk and the scores again backward. Each has a multiplication
     # and an addition.
-    assert bench.attention(place, document).work == pairs * D * 2 * 7
+    assert operations.attention(place, document).work == pairs * D * 2 * 7
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process's peak is not reset")

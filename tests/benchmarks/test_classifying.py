@@ -123,4 +123,5 @@ def test_cases_follow_the_options() -> None:
 def test_a_side_that_does_other_work_is_named() -> None:
     row = {"shape": "micro", "rows": 8, "seq_len": 16, "precision": "fp32", "method": "lora"}
     row |= {"trainer": THEIRS, "error": "loss 1.7, this engine's 1.6"}
-    assert "transformers + peft: loss 1.7, this engine's 1.6" in classifying.step_row(row)
+    text = classifying.report({"cases": [row], "options": {"dropout": 0.1}})
+    assert "| transformers: loss 1.7, this engine's 1.6 " in text

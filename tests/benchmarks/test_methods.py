@@ -24,8 +24,8 @@ import benchmarks.methods as bench_module
 from base.cli import parse
 from base.commands import Failed, TimeUp
 from benchmarks import methods_cells, store
-from benchmarks.methods import Options, compare, extra_options, make_bench, result_of, usual_rate
-from benchmarks.methods_cells import DECODINGS, METHODS, Bench, Decoding, Method, measured
+from benchmarks.methods import DECODINGS, METHODS, Options, make_bench, result_of
+from benchmarks.methods_cells import Bench, Decoding, Method, extra_options, measured, usual_rate
 from benchmarks.methods_report import PUBLISHED, published, rows_of, text_of
 from benchmarks.store import Store
 from config import UserError
@@ -89,7 +89,7 @@ class Fake:
             self.now = until
             raise TimeUp
         self.now += self.seconds
-        options = dict(zip(words[1::2], words[2::2]))
+        options = dict(zip(words[3::2], words[4::2]))  # past python -m finetune.TASK
         path = Path(options.get("--answers") or options["--out"])
         name, seed = path.name.rpartition("-")[0].rpartition("-")[0], int(options["--seed"])
         self.ran.append((name, seed))
@@ -147,22 +147,19 @@ def write_labels(folder: Path, predicted: Sequence[int]) -> None:
     (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def bench_of(folder: Path, until: float = math.inf, **changes: Any) -> Bench:
-    bench = Bench(
-        folder,
-        ("task",),
-        ("chrf", "max"),
-        0.5,
-        {"init": "base", "epochs": 3},
-        {"n-layer": 2},
-        "val.txt",
-        Store(measured, until),
-        methods=FEW,
-        decodings=TWO,
-        seeds=(1, 2, 3),
-        keep=2,
-    )
-    return dataclasses.replace(bench, **changes)
+def bench_of(
+    folder: Path,
+    until: float = math.inf,
+    way: str = "max",
+    methods: Sequence[Method] = FEW,
+    decodings: Sequence[Decoding] = TWO,
+    **options: Any,
+) -> Bench:
+    given: dict[str, Any] = {"init": "base", "val_data": "val.txt", "lr": 0.5, "best": 2}
+    given |= {"seeds": (1, 2, 3), "epochs": 3, "out": str(folder)} | options
+    task = {"best": ("chrf", way), "answers": "predictions.txt", "defaults": {}}
+    store = Store(measured, until)
+    return Bench(Options(**given), task, ABOUT["base"], store, methods, decodings)
 
 
 @pytest.fixture
@@ -188,8 +185,8 @@ def test_one_seed_for_all_then_more_for_the_best(
     fake: Fake, tmp_path: Path, way: str, best: list[str]
 ) -> None:
     fake.score = lambda name, seed, **tried: "daebgcf".index(name) + seed / 10
-    bench = bench_of(tmp_path, best=("chrf", way))
-    compare(bench, silent)
+    bench = bench_of(tmp_path, way=way)
+    bench.run(silent)
     names = [method.name for method in FEW]
     expected = [(name, 1) for name in names] + [("draw", 1), ("first", 1)]
     for seed in (2, 3):
@@ -203,19 +200,19 @@ def test_one_seed_for_all_then_more_for_the_best(
 
 
 def test_a_done_cell_is_kept_and_other_options_make_another(fake: Fake, tmp_path: Path) -> None:
-    compare(bench_of(tmp_path), silent)
+    bench_of(tmp_path).run(silent)
     first = len(fake.ran)
-    compare(bench_of(tmp_path), silent)
+    bench_of(tmp_path).run(silent)
     assert len(fake.ran) == first
-    compare(bench_of(tmp_path, common={"init": "base", "epochs": 4}), silent)
+    bench_of(tmp_path, epochs=4).run(silent)
     assert len(fake.ran) == 2 * first
     assert not list(tmp_path.glob("runs/*/checkpoints"))  # deleted: final/ is enough
 
 
 def test_a_failure_loses_one_cell_and_is_named(fake: Fake, tmp_path: Path) -> None:
     fake.failing = {"a"}
-    bench = bench_of(tmp_path, keep=3)
-    compare(bench, silent)
+    bench = bench_of(tmp_path, best=3)
+    bench.run(silent)
     assert [cell.name for cell in bench.store.failed] == ["a"]
     # `a` has no weights to decode with
     assert ("draw", 1) not in fake.ran and ("first", 1) in fake.ran
@@ -234,12 +231,12 @@ def test_the_budget_is_kept_and_the_rest_is_named(
     with pytest.MonkeyPatch.context() as patch:
         fake = install(patch, Fake())
         bench = bench_of(folder, until=fake.now + budget)
-        compare(bench, silent)
+        bench.run(silent)
         assert fake.now <= bench.store.until and len(fake.ran) == min(17, int(budget / 10))
         left_out = {cell.label for cell in bench.store.left_out}
         assert set(result_of(bench, ABOUT)["left_out"]) == left_out
         assert all(label in text_of(result_of(bench, ABOUT)) for label in left_out)
-        compare(bench_of(folder), silent)  # the command without a limit runs all others
+        bench_of(folder).run(silent)  # the command without a limit runs all others
         # 7 methods + 2 decodings, then twice 2 + 2
         assert len(fake.ran) == len(set(fake.ran)) == 17
 
@@ -248,6 +245,7 @@ def test_the_budget_is_kept_and_the_rest_is_named(
 
 
 SETTINGS = ((1.0, 3), (0.5, 3), (1.0, 1), (0.5, 1))
+SEARCH: dict[str, Any] = {"search": True, "search_rates": (1.0, 0.5), "search_epochs": (3, 1)}
 FITTED = Method("fitted", {"method": "z"}, rate=None)
 
 
@@ -260,8 +258,8 @@ def test_a_search_tries_all_methods_equally_and_keeps_the_best(
         name == "b" and tried == {"lr": rate * 2 * 0.5, "epochs": epochs}
     )
     methods = (*FEW[:2], FITTED)
-    bench = bench_of(tmp_path, methods=methods, decodings=(), search=SETTINGS, keep=1)
-    compare(bench, silent)
+    bench = bench_of(tmp_path, methods=methods, decodings=(), **SEARCH, best=1)
+    bench.run(silent)
     # first trials come first; a method without randomness has one trial
     names = ["a", "b", "fitted", *"ab" * 3]
     assert fake.ran == [*((name, 1) for name in names), ("b", 2), ("b", 3)]
@@ -279,16 +277,16 @@ def test_a_search_tries_all_methods_equally_and_keeps_the_best(
 
 
 def test_a_search_and_a_comparison_share_the_run_that_both_want(fake: Fake, tmp_path: Path) -> None:
-    compare(bench_of(tmp_path, seeds=(1,)), silent)
+    bench_of(tmp_path, seeds=(1,)).run(silent)
     ran = len(fake.ran)
-    compare(bench_of(tmp_path, seeds=(1,), search=SETTINGS), silent)
+    bench_of(tmp_path, seeds=(1,), **SEARCH).run(silent)
     assert len(fake.ran) == ran + 3 * len(FEW)
 
 
 def test_a_method_without_randomness_runs_with_one_seed(fake: Fake, tmp_path: Path) -> None:
     fake.score = lambda name, seed, **options: 9.0 if name == "fitted" else 1.0
-    bench = bench_of(tmp_path, methods=(FITTED, *FEW), keep=2)
-    compare(bench, silent)
+    bench = bench_of(tmp_path, methods=(FITTED, *FEW), best=2)
+    bench.run(silent)
     rows = {row["name"]: row for row in result_of(bench, ABOUT)["methods"]}
     assert (
         rows["fitted"]["seeds"] == [1] and sum(len(row["seeds"]) == 3 for row in rows.values()) == 2
@@ -297,10 +295,10 @@ def test_a_method_without_randomness_runs_with_one_seed(fake: Fake, tmp_path: Pa
 
 
 def test_only_named_methods_and_decodings_run(fake: Fake, tmp_path: Path) -> None:
-    compare(bench_of(tmp_path, only=("b", "first"), seeds=(1,)), silent)
+    bench_of(tmp_path, only="b,first", seeds=(1,)).run(silent)
     assert fake.ran == [("b", 1), ("first", 1)]
     fake.ran = []
-    compare(bench_of(tmp_path, only=("draw",), seeds=(1,)), silent)
+    bench_of(tmp_path, only="draw", seeds=(1,)).run(silent)
     assert fake.ran == []  # `a` has not been trained
 
 
@@ -329,7 +327,7 @@ def real_bench(task: str = "sonnets", family: str = "generation", **options: Any
 
 
 def names_of(bench: Bench) -> list[str]:
-    return [method.name for method in bench.methods if bench.wanted(method.name)]
+    return [method.name for method in bench.methods if method.name in bench.names]
 
 
 ALL = [("generation", method.name) for method in real_bench().methods]
@@ -445,7 +443,7 @@ def test_a_terminated_comparison_writes_its_results(
     def stopped(words: Sequence[str], output: Path, until: float, **more: Any) -> None:
         if len(fake.ran) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        fake.execute(words[2:], output, until)
+        fake.execute(words, output, until)
 
     seen = {"of_task": facts_of("generation"), "base": ABOUT["base"], "machine": ABOUT["machine"]}
     monkeypatch.setattr(bench_module, "in_own_process", lambda *_: seen)
@@ -520,19 +518,19 @@ def test_labels_of_two_runs_are_compared_by_row(tmp_path: Path) -> None:
 
 
 def test_figures_of_seeds_are_means_and_spreads() -> None:
-    def cell(seed: int, x: float, y: float | None) -> dict[str, Any]:
+    def cell(x: float, y: float | None) -> dict[str, Any]:
         of_rows = {"x": [x / 10, x / 10 + 0.2]}
         metrics = {"x": x, "y": y}
-        return {"seed": seed, "command": "c", "metrics": metrics, "intervals": of_rows}
+        return {"command": "c", "metrics": metrics, "intervals": of_rows}
 
-    cells = [cell(1, 1.0, 2.0), cell(2, 2.0, None)]
+    cells = {1: cell(1.0, 2.0), 2: cell(2.0, None)}
     (row,) = rows_of(["m", "none"], {"m": cells}, ("x", "max"))
     # the row has no y, because a seed lacks it
     assert row["metrics"] == {"x": {"mean": 1.5, "spread": pytest.approx(0.5**0.5)}}
     assert row["intervals"]["x"] == pytest.approx([0.2, 0.4])  # those of the best seed
     (row,) = rows_of(["m"], {"m": cells}, ("x", "min"))
     assert row["intervals"]["x"] == pytest.approx([0.1, 0.3])
-    (row,) = rows_of(["m"], {"m": cells[:1]}, ("x", "max"))
+    (row,) = rows_of(["m"], {"m": {1: cells[1]}}, ("x", "max"))
     assert row["metrics"]["x"] == {"mean": 1.0, "spread": None}
 
 
@@ -549,13 +547,13 @@ def test_figures_of_seeds_are_means_and_spreads() -> None:
 def test_published_figures_stand_beside_the_same_rows(
     task: str, data: str, expected: float | None
 ) -> None:
-    beside = published({"task": task, "data": [data, "dev"]}).get("full", {})
-    assert beside.get("accuracy") == expected
+    beside = published({"task": task, "data": [data, "dev"]}).get("accuracy", {})
+    assert beside.get("full") == expected
 
 
 def test_published_figures_belong_to_existing_methods() -> None:
     names = {each.name for each in (*METHODS, *DECODINGS)}
-    assert {name for of in PUBLISHED.values() for name in of} <= names
+    assert {name for of in PUBLISHED.values() for metric in of.values() for name in metric} <= names
 
 
 # --- a whole comparison

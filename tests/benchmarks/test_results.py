@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import methods_chart, methods_report, stages_report
+from benchmarks import methods_report, stages_report
 from support import REPO
 
 RESULTS = REPO / "benchmarks/results"
@@ -33,14 +33,14 @@ def test_a_committed_report_follows_from_its_figures(file: Path) -> None:
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_committed_figures_can_be_drawn(name: str, tmp_path: Path) -> None:
-    draw: Callable[..., None] = (stages_report if "stages" in name else methods_chart).draw
+    draw: Callable[..., None] = (stages_report if "stages" in name else methods_report).draw
     draw(read(name), tmp_path / "chart.png")
     png = (tmp_path / "chart.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 10_000
 
 
 def test_without_methods_there_is_no_chart(tmp_path: Path) -> None:
-    methods_chart.draw(read("methods-sonnets") | {"methods": []}, tmp_path / "chart.png")
+    methods_report.draw(read("methods-sonnets") | {"methods": []}, tmp_path / "chart.png")
     assert not (tmp_path / "chart.png").exists()
 
 

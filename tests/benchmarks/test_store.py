@@ -32,11 +32,11 @@ def runs(path: Path) -> dict[str, Any]:
 def test_a_done_cell_is_not_repeated_and_a_failure_is_named(tmp_path) -> None:
     cells = [cell(tmp_path, "a"), cell(tmp_path, "b", COUNT + "sys.exit('error: it broke')")]
     store = Store(runs)
-    (_, first), (_, second) = store.make(cells)
+    first, second = map(store.attempt, cells)
     assert first.endswith(" s") and second == "failed: error: it broke"
     assert store.failed == {cells[1]: "error: it broke"} and store.done.keys() == {cells[0]}
     again = Store(runs)
-    (_, found), _ = again.make(cells)
+    found, _ = map(again.attempt, cells)
     assert found == "found in the folder"
     assert cells[0].figures() == {"runs": 1, "command": shlex.join(cells[0].words)}
     assert len(list(cells[1].path.iterdir())) == 2  # it was tried again
@@ -48,10 +48,10 @@ def test_a_done_cell_is_not_repeated_and_a_failure_is_named(tmp_path) -> None:
 def test_an_unfinished_cell_resumes_or_restarts(tmp_path, note, restart, expected) -> None:
     """The process was killed, the note is incomplete, or an earlier version wrote it."""
     one = cell(tmp_path, "a")
-    list(Store(runs).make([one]))
+    Store(runs).attempt(one)
     one.note.unlink() if note is None else one.note.write_text(note)
     assert one.figures() is None
-    list(Store(runs, restart=restart).make([one]))
+    Store(runs, restart=restart).attempt(one)
     assert (one.figures() or {})["runs"] == expected
 
 
@@ -63,7 +63,8 @@ def test_other_options_make_another_cell(tmp_path) -> None:
 def test_cells_without_time_are_not_failures(tmp_path) -> None:
     cells = [cell(tmp_path, "slow", "import time; time.sleep(60)"), cell(tmp_path, "b")]
     store = Store(runs, until=time.monotonic() + 0.5)
-    assert list(store.make(cells)) == [] and not store.failed
+    store.run(lambda: cells, str, lambda: pytest.fail("nothing has run"))
+    assert not store.failed
     assert list(store.left_out) == cells and store.rest(cells) <= 0
 
 

@@ -115,11 +115,13 @@ def test_a_run_killed_in_a_benchmark_resumes(folder: Path) -> None:
 
 
 def test_a_finished_run_needs_no_benchmark_file(folder: Path) -> None:
-    words = small(SHORT, FILES.replace("hellaswag.jsonl", "gone.jsonl"))
+    words, file = small(SHORT, FILES), folder / "hellaswag.jsonl"
+    held = file.rename(folder / "away.jsonl")
     (end,) = launch(folder, words)
     assert end.code == 0 and "run is finished (6 steps)" in end.out
     (end,) = launch(folder, [*words, "--extend-to", "8"])  # which trains, and so evaluates
-    assert end.code == 2 and "--eval-hellaswag gone.jsonl: No such file" in end.err
+    held.rename(file)
+    assert end.code == 2 and "--eval-hellaswag hellaswag.jsonl: No such file" in end.err
 
 
 def test_figures_do_not_depend_on_ranks_or_micro_batches(folder: Path) -> None:

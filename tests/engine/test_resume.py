@@ -132,6 +132,23 @@ def test_an_option_that_was_not_typed_keeps_its_value(folder: Path) -> None:
     assert end.code == 0 and "run is finished (8 steps)" in end.out
 
 
+def test_a_finished_run_needs_no_data(folder: Path) -> None:
+    words = small("--steps 2 --sample-every 0")
+    assert go(folder, *words).code == 0
+    (folder / "text.txt").rename(folder / "away.txt")
+    for ranks in (1, 2):
+        ends = launch(folder, words, ranks=ranks)
+        assert [end.code for end in ends] == [0] * ranks, ends
+        assert "".join(end.out for end in ends).count("run is finished (2 steps)") == 1
+    for other in ("--lr 0.5", "--data gone.txt", "--seed 1", "--extend-to 4", "--resume never"):
+        end = go(folder, *words, other)
+        assert end.code == 2 and "no such data: " in end.err, end
+    (folder / "away.txt").rename(folder / "text.txt")
+    (folder / "text.txt").write_text("another text " * 500)
+    end = go(folder, *words)
+    assert end.code == 2 and "run is of another run: data (was " in end.err, end
+
+
 def write_run(run: Path, options: dict[str, Any], **record: Any) -> None:
     run.mkdir(parents=True)
     cfg = dataclasses.asdict(TrainConfig(steps=9, out=str(run))) | options

@@ -117,6 +117,19 @@ def test_predict_alone_compares_with_the_rows_of_data(folder: Path) -> None:
         assert scores.get("clean", {}).get("clean_rows") == clean and "accuracy" in scores
 
 
+def test_a_finished_run_answers_without_its_data(folder: Path) -> None:
+    rows = "\n".join(f"{n},text {n},{n % 2}" for n in range(8))
+    (folder / "rows.csv").write_text(f"id,sentence,sentiment\n{rows}\n")
+    words = "--data rows.csv --steps 1 --eval-every 0 --predict toy"
+    run_well("sentiment", folder, words)
+    answers = (folder / "run" / "predictions.csv").read_bytes()
+    (folder / "run" / "predictions.csv").unlink()
+    (folder / "rows.csv").unlink()
+    end = run_well("sentiment", folder, words)
+    assert "run is finished (1 steps)" in end.out and "training rows cannot be read" in end.out
+    assert (folder / "run" / "predictions.csv").read_bytes() == answers
+
+
 def test_a_finished_lstm_run_predicts_the_same_again(inputs: Path, folder: Path) -> None:
     """--init alone is enough to open it, with or without --model lstm."""
     words = "--model lstm --init base --steps 3 --lr 1e-2 --micro-batch 4 --predict toy"

@@ -7,6 +7,7 @@ kernel add its own shapes, dtypes and errors.
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 from collections.abc import Callable
@@ -20,13 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from config import GPTConfig
 from engine.precision import Cast
 from kernels import _card
 from kernels._triton import no_triton_reason
 from kernels.attention import attention, attention_reference, choose_tiles
-from kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from kernels.cpu_attention import cpu_attention
-from kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from kernels.dropout import Dropout
 from kernels.fp8_linear import fp8_linear
 from kernels.layer_norm import add_layer_norm
@@ -108,21 +108,16 @@ def layer_norm_case(
     return Case(operation, in_float64, inputs, EXACT if dtype == FP32 else ROUNDED)
 
 
-def bias_gelu_case(triton: bool, rows: int) -> Case:
-    return Case(
-        lambda x, bias: bias_gelu(x, bias, triton),
-        bias_gelu_reference,
-        [numbers(rows, WIDTH), numbers(WIDTH)],
-    )
-
-
-def cross_entropy_case(operation: Callable[..., Tensor], rows: int) -> Case:
-    targets = targets_of(rows)
-    return Case(
-        lambda x: operation(x, targets, VOCAB - 1),
-        lambda x: F.cross_entropy(x[:, : VOCAB - 1], targets, reduction="none"),
-        [numbers(rows, VOCAB)],
-    )
+def example_case(name: str, in_kernel: bool, rows: int) -> Case:
+    """A kernel's own example, or its reference beside float64."""
+    kernel = kernels.KERNELS[name]
+    assert kernel.example
+    config = GPTConfig(VOCAB - 1, 13, n_layer=1, n_head=2, n_embd=WIDTH)
+    torch.manual_seed(0)
+    device = DEVICE if kernel.device == "cuda" else "cpu"
+    example = kernel.example(rows, config, dtype=FP32, device=device)
+    inputs = [t.requires_grad_() for t in example.inputs]
+    return Case(example.kernel if in_kernel else example.reference, example.reference, inputs)
 
 
 def linear_cross_entropy_case(operation: Callable[..., Tensor], rows: int, *more: Any) -> Case:
@@ -151,20 +146,19 @@ def fp8_case(rows: int) -> Case:
 
 
 CASES: dict[str, Callable[[int], Case]] = {
-    "attention torch": lambda rows: attention_case(attention_reference, rows, documents=True),
-    "attention triton": lambda rows: attention_case(attention, rows),
+    f"{name} {form}": functools.partial(example_case, name, form != "torch")
+    for name, kernel in kernels.KERNELS.items()
+    if kernel.example
+    for form in ("torch", "triton" if kernel.device == "cuda" else "kernel")
+} | {
+    "attention torch documents": lambda rows: attention_case(
+        attention_reference, rows, documents=True
+    ),
     "attention triton documents": lambda rows: attention_case(attention, rows, documents=True),
-    "cpu_attention": lambda rows: attention_case(cpu_attention, rows),
     "cpu_attention bf16": lambda rows: attention_case(cpu_attention, rows, BF16),
-    "layer_norm torch": lambda rows: layer_norm_case(False, rows),
     "layer_norm torch bf16": lambda rows: layer_norm_case(False, rows, BF16),
     "layer_norm torch alone": lambda rows: layer_norm_case(False, rows, branch=False),
-    "layer_norm triton": lambda rows: layer_norm_case(True, rows),
     "layer_norm triton alone": lambda rows: layer_norm_case(True, rows, branch=False),
-    "bias_gelu torch": lambda rows: bias_gelu_case(False, rows),
-    "bias_gelu triton": lambda rows: bias_gelu_case(True, rows),
-    "cross_entropy torch": lambda rows: cross_entropy_case(cross_entropy_reference, rows),
-    "cross_entropy triton": lambda rows: cross_entropy_case(cross_entropy, rows),
     "linear_cross_entropy reference": lambda rows: linear_cross_entropy_case(
         linear_cross_entropy_reference, rows
     ),
@@ -200,7 +194,7 @@ COMPILED = {name: make for name, make in CASES.items() if name != "dropout"} | {
     "weights cast once": weights_cast_once,
 }
 # Operations with PyTorch's own code inside are compiled to machine code, where C++ is installed.
-MACHINE_CODE = ["cpu_attention", "linear_cross_entropy torch"]
+MACHINE_CODE = ["cpu_attention kernel", "linear_cross_entropy torch"]
 if DEVICE == "cuda":  # on a CPU nobody compiles these
     MACHINE_CODE += ["attention triton", "attention triton documents", "fp8_linear"]
     MACHINE_CODE += ["linear_cross_entropy triton"]

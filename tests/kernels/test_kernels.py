@@ -10,7 +10,10 @@ import torch
 
 import kernels
 import kernels._triton
+import kernels.cpu_attention
 from config import GPTConfig, TrainConfig, UserError
+from kernels._kernel import all_kernels
+from kernels.ops import ops_of
 from launch import small, write_inputs
 
 TRITON = ",".join(kernels.TRITON)
@@ -83,7 +86,10 @@ def test_a_cpu_has_its_own_attention_where_it_is_faster(monkeypatch):
 
 
 def test_without_turns_a_kernel_off():
-    assert choose("auto", "cuda", without=("fused-adamw",)) == ("cross_entropy,bias_gelu", None)
+    assert choose("auto", "cuda", without=("fused-adamw",)) == (
+        "bias_gelu,cross_entropy,split_heads",
+        None,
+    )
     assert (
         "attention"
         not in choose("auto", "cuda", document_mask=True, without=("flash-attention",))[0]
@@ -124,3 +130,25 @@ def test_a_run_on_every_kernel_has_the_losses_of_pytorch(repo, run, tmp_path):
         assert banner in done.stdout
     assert len(losses["torch"]) == 3
     assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-5)
+
+
+def test_a_kernel_is_one_file(repo, tmp_path, monkeypatch):
+    """The file of docs/add-a-kernel.md, found beside the others and compared with float64."""
+    page = (repo / "docs" / "add-a-kernel.md").read_text(encoding="utf-8")
+    (tmp_path / "gelu.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    kernel = all_kernels.__wrapped__()["gelu"]
+    config = GPTConfig(n_head=1, n_embd=33, kernels=("gelu",))
+    assert kernel.example and not kernel.automatic(TrainConfig())
+    example = kernel.example(7, config, dtype=torch.float32, device="cpu")
+    x = example.inputs[0].requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    ours, exact = example.kernel(x), example.reference(wide)
+    torch.testing.assert_close(ours, exact.float())
+    dy = torch.randn_like(ours)
+    found, expected = (torch.autograd.grad(y, t, dy.to(y)) for y, t in ((ours, x), (exact, wide)))
+    torch.testing.assert_close(found[0], expected[0].float())
+    monkeypatch.setitem(all_kernels(), "gelu", kernel)
+    assert torch.equal(
+        ops_of(config).linear_gelu(lambda x, bias: x + x, x, x), example.kernel(2 * x)
+    )

@@ -28,6 +28,7 @@ from launch import launch, log_of, small, write_inputs
 from storage import cache, shards
 from storage.cache import Cache
 from text import corpus, prepare
+from text.files import find_files, named_files
 from text.rows import check_exists, read_rows
 from text.tokenizer import GPT2_SHA256
 
@@ -53,7 +54,7 @@ def write(path: Path, text: str = "x") -> Path:
 
 
 def found(spec: object) -> list[str]:
-    return [path.name for path in corpus.find_files(str(spec))]
+    return [path.name for path in find_files(str(spec))]
 
 
 # ---- hidden files, links
@@ -121,7 +122,7 @@ def test_a_broken_link_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a.txt")
     os.symlink("gone", tmp_path / "b.txt")
     with pytest.raises(UserError, match=r"b.txt is a link to a file that is not there"):
-        corpus.find_files(str(tmp_path))
+        find_files(str(tmp_path))
 
 
 def test_a_very_long_list_of_files_is_read(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_globs_match_like_those_of_python(
     expected = sorted(
         {Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
     )
-    ((_, files),) = corpus.named_files(pattern, (".txt",))
+    ((_, files),) = named_files(pattern, (".txt",))
     assert files == expected
 
 
@@ -530,11 +531,11 @@ def test_a_dry_run_refuses_missing_inputs(inputs: Path, words: str) -> None:
 def test_gzip_with_an_unclear_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "noend").write_bytes(gzip.compress(b"some text\n"))
     (tmp_path / "other.dat").write_bytes(b"BZh91AY&SY\0\0")
-    for find in (corpus.find_files, check_exists):
+    for find in (find_files, check_exists):
         with pytest.raises(UserError, match=r"other.dat is compressed by bzip2; unpack it first$"):
             find(str(tmp_path / "other.dat"))
     with pytest.raises(UserError, match=r"noend is gzip, .* for example to noend.txt.gz"):
-        corpus.find_files(str(tmp_path / "noend"))
+        find_files(str(tmp_path / "noend"))
     with pytest.raises(UserError, match=r"noend is gzip, .* for example to noend.csv.gz"):
         list(corpus.records_of(tmp_path / "noend"))
 

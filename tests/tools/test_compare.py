@@ -116,6 +116,17 @@ def test_only_what_differs_is_shown(command, tmp_path) -> None:
     assert "data (sha256)" in out and "0" * 12 in out and "0" * 13 not in out
 
 
+def test_what_is_not_known_is_said(command, tmp_path) -> None:
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", 6.0)
+    bare = write_run(tmp_path / "bare", record=None, options={f"o{n:02}": n for n in range(20)})
+    _, _, out, _ = command(a, b, bare, "--loss", 7)
+    assert "not recorded: those of bare\n" in out
+    assert "o11 and 8 more (--json has all)\n" in out and "o12" not in out
+    # at its first evaluation a is below 7 already, and b is not
+    assert table(out, "to val_loss 7.0000")["a"] == ["≤", "10", "≤", "1,000", "≤", "5.0"]
+    assert table(out, "to val_loss 7.0000")["b"] == ["30", "3,000", "15.0"]
+
+
 def test_many_runs_are_the_rows_of_a_table(command, tmp_path) -> None:
     runs = [write_run(tmp_path / f"r{n}", 3 + n / 8, n) for n in range(6)]
     _, _, out, _ = command(*runs)

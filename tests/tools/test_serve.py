@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import http.client
 import itertools
 import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -21,6 +23,8 @@ from unittest import mock
 import pytest
 import torch
 
+from adapters import heads
+from adapters.heads import ClassifierInfo
 from decoding import continuous
 from decoding.batched import generate
 from decoding.options import DecodeConfig
@@ -31,6 +35,7 @@ from tasks.generation.sequences import SequenceEncoder
 from text.chat import END, ROLES
 from text.tokenizer import Tokenizer, load_tokenizer
 from text.tokenizer_training import train_bpe
+from tools import serve_app
 
 openai = pytest.importorskip("openai", reason="needs the package openai")
 pytest.importorskip("uvicorn", reason="needs the package uvicorn")
@@ -416,6 +421,62 @@ def test_the_page_is_self_contained(server: Server) -> None:
     page = connection.getresponse().read().decode()
     assert "/v1/completions" in page and "/v1/chat/completions" in page
     assert not re.search(r"(?:src|href|url)\s*[=(]\s*[\"']?(?:https?:)?//", page)
+
+
+def hasten() -> None:
+    serve_app.STALL = 0.4
+
+
+def trickle(server: Server, begin: bytes) -> bytes:
+    """What the server answers until it closes a connection on which a byte comes now and then."""
+    answer = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=0.05) as connection:
+        connection.sendall(begin)
+        for _ in range(400):
+            try:
+                if not (found := connection.recv(4096)):
+                    return answer
+                answer += found
+            except TimeoutError:
+                connection.sendall(b"a")
+            except OSError:
+                return answer
+    raise AssertionError("the connection is still open")
+
+
+HEAD = b"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n{"
+
+
+def test_senders_that_are_too_slow_are_cut_off(start: Start, folder: Path) -> None:
+    server = start(folder, patch=hasten)
+    head, _, body = trickle(server, HEAD % b"/v1/completions").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408")
+    assert "did not arrive in 0.4 seconds" in json.loads(body)["error"]["message"]
+    assert trickle(server, HEAD % b"/nowhere").startswith(b"HTTP/1.1 404")
+    assert trickle(server, b"POST /v1/completions HTTP/1.1\r\nx-slow: ") == b""
+    answer, status, _ = server.ask("POST", "/v1/completions", {"prompt": "abc", "max_tokens": 3})
+    assert status == 200 and answer["usage"]["completion_tokens"] == 3
+    server.end()
+
+
+def test_a_broken_model_and_a_classifier_are_refused(
+    folder: Path, model: GPT, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    def refusal(what: str) -> str:
+        ended = Launch(tmp_path, [what], {}, None, what, "tools.serve").end()
+        assert ended.code == 2 and ended.err.count("\n") == 1 and not ended.out, ended
+        return ended.err
+
+    shutil.copytree(folder, tmp_path / "classifier")
+    info = ClassifierInfo("sentiment", ("good", "bad"), "plain", "last")
+    heads.save(model, tmp_path / "classifier", info)
+    assert "is a classifier" in refusal("classifier")
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.transformer.h[1].mlp.c_fc.weight[0, 0] = torch.nan
+    broken.save_pretrained(tmp_path / "broken", eot=tokenizer.eot)
+    tokenizer.save(tmp_path / "broken")
+    assert "NaN or infinite, in transformer.h.1.mlp" in refusal("broken")
 
 
 def fail_for_seed_13() -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from base.files import sha256
+from base.machine import cores
 from engine.digest import start_digest
 from launch import Ended, launch, small, write_inputs
 from toy_runs import run_well
@@ -91,6 +92,46 @@ def test_other_hardware_is_compared_within_a_tolerance(copied: Path) -> None:
     end = verify(copied, "--steps", 1)
     assert end.code == 0, end
     assert "hardware was a CPU of 1999" in end.out and "the same within 0.001" in end.out
+
+
+@pytest.fixture(scope="module")
+def on_three(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on three ranks. How DDP divides the gradients does not show on two."""
+    folder = tmp_path_factory.mktemp("three")
+    shutil.copytree(trained, folder, dirs_exist_ok=True, ignore=lambda *_: ["run"])
+    words = small("--steps 6 --sample-every 0 --batch-tokens 96 --eval-every 0")
+    assert [end.code for end in launch(folder, words, ranks=3)] == [0, 0, 0]
+    return folder
+
+
+def verify_on_three(folder: Path) -> tuple[list[int | None], str]:
+    ends = launch(folder, ["run", "--from", "3"], ranks=3, program="tools.verify")
+    assert not any(end.out + end.err for end in ends[1:])
+    return [end.code for end in ends], ends[0].out
+
+
+def test_a_run_of_three_ranks_is_the_same_bit_for_bit(on_three: Path) -> None:
+    before = files_of(on_three / "run")
+    codes, out = verify_on_three(on_three)
+    assert codes == [0, 0, 0] and "bit for bit the same for 3 steps (4 to 6)" in out, out
+    assert files_of(on_three / "run") == before
+    (text := on_three / "text.txt").write_text(text.read_text().replace("alpha", "gamma", 1))
+    codes, out = verify_on_three(on_three)
+    assert codes[0] == 1 and "differs: data was" in out and "different: step " in out, out
+
+
+def test_verify_starts_as_many_processes_as_the_run_had(run, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True, ignore=lambda *_: ["run"])
+    words = small("--steps 4 --save-every 2 --eval-every 0 --sample-every 0")
+    assert [end.code for end in launch(tmp_path, words, ranks=2)] == [0, 0]
+    found = run("-m", "tools.verify", "run")
+    same = "bit for bit the same for 2 steps (3 to 4)"
+    alone = "this machine has 1 core: replaying on one"
+    assert found.returncode == 0 and (same if cores() > 1 else alone) in found.stdout, found
+    (tmp_path / "text.txt").unlink()
+    found = run("-m", "tools.verify", "run")
+    assert found.returncode == 2 and found.stderr.count("\n") == 1, found
+    assert "no such data: text.txt" in found.stderr
 
 
 def test_a_run_without_a_replayable_checkpoint_is_refused(copied: Path) -> None:
