@@ -212,13 +212,11 @@ def prepare_compiler() -> None:
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
 
-    class Interface(interfaces.CudaInterface):
-        Worker = type("Worker", (), dict(FUNCTIONS))
-        locals().update(FUNCTIONS)
-
+    worker = {"Worker": type("Worker", (), dict(FUNCTIONS))}
+    interface = type("Interface", (interfaces.CudaInterface,), FUNCTIONS | worker)
     interfaces.init_device_reg()
     for device in ("cuda", "cuda:0"):
-        interfaces.register_interface_for_device(device, Interface)
+        interfaces.register_interface_for_device(device, interface)
     functorch.enable_autograd_cache = inductor.fx_graph_cache = False
     dynamo.automatic_dynamic_local_pgo = False
     inductor.compile_threads = 1

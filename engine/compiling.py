@@ -105,12 +105,13 @@ def _prepare_cpp() -> None:
     compiles the header of all kernels while the first graph is traced.
     """
     import torch._inductor.config as inductor
-    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import CppPythonBindingsCodeCache as Kernels
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     def compile_header() -> None:
         with contextlib.suppress(Exception):  # the first graph meets the same error and reports it
-            AsyncCompile().cpp_pybinding([], 'extern "C" void kernel() {}')
+            # the header for a kernel that is then not compiled itself
+            Kernels.load_pybinding_async([], "void kernel() {}", submit_fn=lambda compile: None)
 
     if inductor.cpp.vec_isa_ok is None:  # else TORCHINDUCTOR_VEC_ISA_OK has set it
         inductor.cpp.vec_isa_ok = True
