@@ -36,6 +36,7 @@ FEW, SOME = 32, 1024  # rows that products, and all other operations, begin with
 # Rows from which on a product is as fast as with more (measured: 64 rows of GPT-2's shapes reach
 # 70% of that rate). A product that takes PATIENCE times as long as its share gets fewer.
 FULL, PATIENCE = 512, 4
+BUSY = 0.6  # on a quiet CPU the calls keep over 0.75 of the threads running
 
 Call = Callable[[], object]
 
@@ -75,7 +76,7 @@ def calibrate(
     if device.type == "cpu" and "kept-memory" not in without:
         set_allocator(keep_freed=True)
     _load(device)
-    began = clock()
+    began, own, wall = clock(), time.process_time(), time.perf_counter()
     a, b = (torch.zeros(COPIED, device=device) for _ in range(2))
     copying = [_seconds(lambda: a.copy_(b), device, clock) for _ in range(3)]
     probes = list(_probes(config, batch, seq_len, precision, device))
@@ -105,6 +106,9 @@ def calibrate(
     source = "operations timed on this machine"
     if left := len(probes) - len(calls):
         source += f", {left} of {len(probes)} left to the roofline for lack of time"
+    had = (time.process_time() - own) / (time.perf_counter() - wall) / torch.get_num_threads()
+    if device.type == "cpu" and clock is time.perf_counter and had < BUSY:
+        source += f", beside other programs: it had {had:.0%} of its CPU and is faster alone"
     return Ceilings(
         name,
         source,

@@ -137,6 +137,7 @@ def examine(cfg: DoctorConfig, world: World) -> list[Finding]:
         f"measured: products {ceilings.flops / 1e9:,.0f} GFLOP/s, memory "
         f"{ceilings.bandwidth / 1e9:,.1f} GB/s\n"
         f"expect {speed.tokens_per_second:,.0f} tokens/s, give or take {speed.share:.0%}\n"
+        f"(from {ceilings.source})\n"
         f"({run.preset}, {run.steps:,} steps in {took}; a step: "
         f"{plan.describe_step(facts, batch, 1)})"
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -68,8 +70,11 @@ def test_a_calibration_times_every_operation():
     assert expected.tokens_per_second == pytest.approx(64 / expected.seconds)
 
 
-def test_a_calibration_without_time_leaves_operations_to_the_roofline():
+def test_a_calibration_without_time_leaves_operations_to_the_roofline(monkeypatch):
+    cpu_seconds = itertools.count()
+    monkeypatch.setattr(time, "process_time", lambda: 1e-6 * next(cpu_seconds))  # a busy machine
     found = calibrate(SHAPE, 4, 16, "fp32", torch.device("cpu"), seconds=0.0)
+    assert "beside other programs: it had 0% of its CPU" in found.source
     ledger_of_step = list(operations(SHAPE, 4, 16, "fp32"))
     (timed,) = found.rounds
     left = [op for op in ledger_of_step if op.key != timed]
