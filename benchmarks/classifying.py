@@ -39,10 +39,10 @@ from benchmarks.contenders import (
     silence_transformers,
     step_of,
 )
-from benchmarks.harness import OURS, Budget, Results, Turns, race, ratio, spread, spread_columns
+from benchmarks.harness import OURS, Results, Turns, race, race_table
 from benchmarks.machine import facts
 from benchmarks.steps import Case, Shape, Step, Trainer, compare, figure_columns, trainer_column
-from benchmarks.table import Column, Row, table
+from benchmarks.table import Column, table
 from config import (
     CountOrNone,
     PathOrName,
@@ -190,14 +190,13 @@ def prepare(shape: Shape, folder: str) -> None:
     )
 
 
-def options_of(case: Fit) -> SentimentConfig:
-    """The options of this engine's run for a case. All rows of a step are in one micro-batch."""
+def options_of(case: Fit, **more: Any) -> SentimentConfig:
+    """The options of this engine's run for a case, and `more`. All rows of a step are in one
+    micro-batch."""
     from finetune.sentiment import SentimentConfig
 
-    precision: Any = case.precision
-    device: Any = case.device
     rows, folder = case.shape.rows, case.weights
-    return SentimentConfig(
+    known: dict[str, Any] = dict(
         init=folder,
         data=f"{folder}/train.jsonl",
         val_data=f"{folder}/val.jsonl",
@@ -206,15 +205,15 @@ def options_of(case: Fit) -> SentimentConfig:
         steps=10**6,
         schedule="constant",
         warmup_steps=0,
-        precision=precision,
-        device=device,
+        precision=case.precision,
+        device=case.device,
         seed=SEED,
         method=case.method,
         dropout=case.dropout or 0.0,
         head_dropout=0.0,
         show_rows=0,
-        **RECIPE,
     )
+    return SentimentConfig(**known | RECIPE | more)
 
 
 # --- the two sides
@@ -297,11 +296,12 @@ def batchings(task: Any, steps: int) -> dict[str, list[StepBatches]]:
     rows = np.random.default_rng(SEED).permutation(np.concatenate(ordered))
     drawn = [rows[i : i + task.cfg.batch_size] for i in range(0, len(rows), task.cfg.batch_size)]
     any_length = np.arange(1, longest_of(task) + 1)
+    own = padded_to(task, ordered, task.buckets)
     return {
-        OURS: padded_to(task, ordered, task.buckets),
         SET: padded_to(task, ordered, any_length[-1:]),
         RANDOM: padded_to(task, drawn, any_length),
         OWN: padded_to(task, ordered, any_length),
+        OURS: own,
     }
 
 
@@ -322,33 +322,33 @@ def measure_padding(
     engine = engine_of(options_of_padding(options, precision, folder))
     found = batchings(engine.task, options.steps)
     runs = {name: functools.partial(run_all, engine, of) for name, of in found.items()}
-    seconds = race(runs, turns)
-    same = {
+    amounts = {name: amounts_of(of) for name, of in found.items()}
+    key = {
         "shape": options.shape.split(",")[0],
         "precision": engine.cfg.precision,
         "data": Path(options.data).name if options.data else "drawn, with lengths like SST's",
         "longest": longest_of(engine.task),
     }
-    for name, batches in found.items():
-        key = same | {"batches": name}
-        results.put(key, amounts_of(batches) | {"seconds": seconds[name]})
+    rows = amounts[OURS]["rows"]
+    results.put(key, {"rows": rows, "amounts": amounts, "seconds": race(runs, turns)})
 
 
 def options_of_padding(options: Options, precision: Any, folder: str) -> SentimentConfig:
     """The options of this engine's run for the padding part, on random rows or on --data."""
     shape = SHAPES[options.shape.split(",")[0]]
-    cfg = options_of(Fit("", shape, precision, options.device, folder, dropout=options.dropout))
+    case = Fit("", shape, precision, options.device, folder, dropout=options.dropout)
     if not options.data:
-        return dataclasses.replace(cfg, val_data=None, data=f"{folder}/tail.jsonl")
-    made = dict(
+        return options_of(case, val_data=None, data=f"{folder}/tail.jsonl")
+    return options_of(
+        case,
+        val_data=None,
+        data=options.data,
+        tokenizer=options.tokenizer,
+        init="scratch",
+        seq_len=CONTEXT,
         n_layer=shape.n_layer,
         n_head=shape.n_head,
         n_embd=shape.n_embd,
-        init="scratch",
-        seq_len=CONTEXT,
-    )
-    return dataclasses.replace(
-        cfg, val_data=None, data=options.data, tokenizer=options.tokenizer, **made
     )
 
 
@@ -378,8 +378,8 @@ def run_all(engine: Engine, batches: Sequence[StepBatches]) -> None:
 
 def report(record: dict[str, Any]) -> str:
     """The tables of both parts, as Markdown."""
-    padding = [row for row in record["cases"] if "batches" in row]
-    steps = [row for row in record["cases"] if "batches" not in row]
+    padding = [row for row in record["cases"] if "amounts" in row]
+    steps = [row for row in record["cases"] if "trainer" in row]
     texts = [f"Classifiers, dropout {record['options']['dropout']:g}."]
     if steps:
         columns: list[Column] = [
@@ -399,34 +399,20 @@ def report(record: dict[str, Any]) -> str:
             table(columns, steps, ("precision", "method", "trainer")),
         ]
     if padding:
-        of = padding[0]
-        lengths = ", ".join(map(str, of["lengths"]))
+        (of,) = padding
+        lengths = ", ".join(map(str, of["amounts"][OURS]["lengths"]))
+        shares = ", ".join(
+            f"{way} {1 - amounts['tokens'] / amounts['padded_tokens']:.0%}"
+            for way, amounts in of["amounts"].items()
+        )
         texts += [
-            f"The same {of['rows']:,.0f} rows ({of['data']}; {of['tokens'] / of['rows']:.1f} "
-            f"tokens in the mean, the longest of all {of['longest']}) in batches made in other "
-            f"ways:\nthis engine's step on {of['shape']}, {of['precision']}. Its own batches: rows "
-            f"of like length, padded to {lengths}.\nSpeed x: rows per second of the first over "
-            "these.",
-            padding_table(padding),
+            f"The same {of['rows']:,.0f} rows ({of['data']}, the longest of all {of['longest']} "
+            f"tokens) in batches made in several ways: this engine's step on {of['shape']}, "
+            f"{of['precision']}.\nIts own batches: rows of like length, padded to {lengths}. "
+            f"Padding: {shares}.",
+            race_table(padding, (), "rows/s", "rows", ",.1f"),
         ]
     return "\n\n".join(texts)
-
-
-def padding_table(rows: Sequence[Row]) -> str:
-    """The table of the ways to make batches. `rows` starts with this engine's batches."""
-
-    def rates(row: Row, unit: str = "rows") -> list[float]:
-        return spread(row[unit] / seconds for seconds in row["seconds"])
-
-    columns: list[Column] = [
-        ("batches", lambda row: row["batches"]),
-        *spread_columns("rows/s", rates, ",.1f"),
-        ("tokens/s", lambda row: f"{rates(row, 'tokens')[0]:,.0f}"),
-        ("padded tokens/s", lambda row: f"{rates(row, 'padded_tokens')[0]:,.0f}"),
-        ("padding", lambda row: f"{1 - row['tokens'] / row['padded_tokens']:.0%}"),
-        *spread_columns("speed x", lambda row: ratio(row["seconds"], rows[0]["seconds"])),
-    ]
-    return table(columns, rows)
 
 
 # --- the command
@@ -454,15 +440,15 @@ def measure(options: Options, results: Results) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = cases_of(options, device, native, folder)
         parts = len(cases) * (1 + len(names)) + PADDING_PARTS * bool(options.steps)
-        budget = Budget(60 * options.minutes, parts, *((2, 3) if options.quick else TURNS))
+        turns = Turns(*((2, 3) if options.quick else TURNS), 60 * options.minutes / parts)
         for name in shapes:
             prepare(SHAPES[name], f"{folder}/{name}")
         for case in cases:
             found = trainers(case.method)
             others = {name: found[name] for name in names}
-            compare(case, found[OURS], others, budget.turns, results, {})
+            compare(case, found[OURS], others, turns, results, {})
         if options.steps:
-            turns = budget.turns(PADDING_PARTS)
+            turns = dataclasses.replace(turns, seconds=PADDING_PARTS * turns.seconds)
             measure_padding(options, native, f"{folder}/{shapes[0]}", turns, results)
 
 

@@ -364,7 +364,7 @@ PEERS = {
 }
 
 
-def _all() -> Iterator[tuple[str, Trainer]]:
+def forms() -> Iterator[tuple[str, Trainer]]:
     """All contenders by name, the likely fastest first, so that a run that is cut short has
     measured those."""
     yield OURS, OWN
@@ -372,24 +372,21 @@ def _all() -> Iterator[tuple[str, Trainer]]:
         for name, peer in PEERS.items():
             if (name == "litgpt" and not compiled) or (name == "liger" and kept):
                 continue  # litgpt's own trainer always compiles; Liger runs on a GPU only
-            words = f"{name}{' compiled' if compiled else ''}{' + our allocator' if kept else ''}"
-            yield (
-                words,
-                dataclasses.replace(
-                    peer,
-                    build=functools.partial(peer.build, compiled=compiled),
-                    imports=(*peer.imports, "engine.precision", *([COMPILER] if compiled else [])),
-                    devices=("cpu",) if kept else ("cpu", "cuda"),
-                    compiled=compiled,
-                    kept=kept,
-                ),
+            form = dataclasses.replace(
+                peer,
+                build=functools.partial(peer.build, compiled=compiled),
+                imports=(*peer.imports, "engine.precision", *([COMPILER] if compiled else [])),
+                devices=("cpu",) if kept else ("cpu", "cuda"),
+                compiled=compiled,
+                kept=kept,
             )
+            yield name + " compiled" * compiled + " + our allocator" * kept, form
     # this engine with --compile, which is not the default on a CPU
     compiled_step = functools.partial(ours, compile=True)
     imports = (*OWN.imports, COMPILER)
-    yield (f"{OURS} compiled", Trainer(compiled_step, imports, ("cpu",), compiled=True, peer=False))
+    yield f"{OURS} compiled", Trainer(compiled_step, imports, ("cpu",), compiled=True, peer=False)
     in_fp8 = functools.partial(ours, precision="fp8")
     yield f"{OURS} fp8", dataclasses.replace(OWN, build=in_fp8, devices=("cuda",))
 
 
-CONTENDERS = dict(_all())
+CONTENDERS = dict(forms())

@@ -14,14 +14,14 @@ import dataclasses
 import itertools
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive
 from benchmarks.contenders import silence_transformers
-from benchmarks.harness import OURS, race, race_table, run_cases, say
+from benchmarks.harness import OURS, Cases, race, race_table, run_cases, say
 from config import Count, GPTConfig, PathOrName, known_names
 from decoding.options import DecodeConfig
 
@@ -202,7 +202,7 @@ def check(generators: dict[str, Generate]) -> None:
         raise RuntimeError("the tokens of the contenders differ, so they cannot be compared")
 
 
-def measure(options: Options, device: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def measure(options: Options, device: str) -> Cases:
     """Yields each case, with the seconds of its contenders' turns."""
     import torch
 

@@ -79,11 +79,13 @@ def generated_kernels(
     from engine.processes import World
     from engine.shape import runtime_fields
     from engine.step import TaskModule
+    from kernels import choose
     from kernels.ops import ops_of
     from model import GPT
 
-    given: Any = dict(kernels="cross_entropy,bias_gelu,adamw", compile=True, precision=precision)
-    cfg = resolve(TrainConfig(seq_len=seq_len, micro_batch=batch, **given), "cuda")
+    given: Any = dict(seq_len=seq_len, micro_batch=batch, compile=True, precision=precision)
+    cfg = resolve(TrainConfig(**given), "cuda")
+    cfg = dataclasses.replace(cfg, kernels=choose(cfg, "cuda")[0])
     config = dataclasses.replace(config, **runtime_fields(cfg))
     task: Any = LanguageModelling()
     task.cfg = cfg

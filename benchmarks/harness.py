@@ -1,4 +1,4 @@
-"""The parts that all comparisons share: turns, ratios, and result files.
+"""The parts that all comparisons share: turns, ratios, tables, and result files.
 
 A benchmark names its cases, its contenders (functions that take one turn each), the check that the
 contenders agree, and the columns of its table. Contenders take turns, ratios compare runs of the
@@ -25,6 +25,7 @@ OURS = "this engine"
 MACHINE = ("device", "hardware", "driver", "versions", "settings")
 
 Result = TypeVar("Result")
+Cases = Iterable[tuple[dict[str, Any], dict[str, Any]]]  # the key and the figures of each
 
 
 # --- turns
@@ -45,20 +46,6 @@ class Turns:
             if number >= self.least and time.monotonic() > until:
                 return
             yield number
-
-
-class Budget:
-    """Seconds shared equally by `parts`. Time that one part does not use goes to the later ones."""
-
-    def __init__(self, seconds: float, parts: int, least: int, most: int):
-        self.deadline, self.parts = time.monotonic() + seconds, parts
-        self.least, self.most = least, most
-
-    def turns(self, parts: int = 1) -> Turns:
-        """The turns for the next `parts` parts."""
-        share = max(0.0, self.deadline - time.monotonic()) * parts / self.parts
-        self.parts -= parts
-        return Turns(self.least, self.most, share)
 
 
 def alternate(
@@ -92,8 +79,9 @@ def race(
 ) -> dict[str, list[float]]:
     """The seconds of each contender's turns. Each first takes a turn that does not count, but not
     the slow ones in `limits`. Each must itself wait for its device."""
-    for name in contenders.keys() - (limits or {}):
-        contenders[name]()
+    for name, work in contenders.items():
+        if name not in (limits or {}):
+            work()
     return alternate({name: timed(work) for name, work in contenders.items()}, turns, limits)
 
 
@@ -230,7 +218,7 @@ def run_cases(
     options: Any,
     name: str,
     device: str,
-    measure: Callable[[Any, str], Iterable[tuple[dict[str, Any], dict[str, Any]]]],
+    measure: Callable[[Any, str], Cases],
     report: Callable[[dict[str, Any]], str],
 ) -> None:
     """Write the key and the figures of each case that `measure(options, device)` yields into NAME's

@@ -86,6 +86,7 @@ RULES = (
     ("aten::add", "norms and residual"),
     ("aten.sum", "bias gradients"),
     ("aten.stack", "stack of dq, dk, dv"),
+    ("join_heads", "stack of dq, dk, dv"),
 )
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::_scaled_mm")
 

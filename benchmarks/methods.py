@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 import re
 import shlex
 import signal
@@ -31,12 +30,11 @@ from base.files import read_json
 from benchmarks.machine import facts, in_own_process
 from benchmarks.methods_cells import RATES, Bench, Decoding, Method, Options, compared, measured
 from benchmarks.methods_report import draw, rows_of, text_of
-from benchmarks.runs import make_folders, now, write_report
-from benchmarks.store import Figures, Store
+from benchmarks.runs import make_folders, now
+from benchmarks.store import Figures, Store, deadline
 from config import UserError, known_names
 
 GIVEN = ("augment", "also", "also-data", "words")  # options that only some methods get
-WRITING = 6.0  # seconds kept for tables and chart
 GRACE = 60.0  # seconds that a run gets to save its last step when it must end
 
 
@@ -170,7 +168,7 @@ def base_facts(init: str) -> dict[str, Any]:
 
     folder = Path(locate(init)).resolve()
     model = GPT.from_pretrained(folder)
-    base: dict[str, Any] = {"init": init, "folder": str(folder), "parameters": model.n_params()}
+    base: dict[str, Any] = {"init": init, "parameters": model.n_params()}
     base |= dataclasses.asdict(model.config)
     if (card := folder / "README.md").is_file():
         lines = re.findall(r"^- (\w+): (.*)$", card.read_text(encoding="utf-8"), re.MULTILINE)
@@ -205,7 +203,6 @@ def result_of(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
     return dict(about) | {
         "date": now(),
         "best": list(best),
-        "seeds": list(bench.options.seeds),
         "methods": methods,
         "decodings": decodings,
         "trials": trials_of(bench),
@@ -230,14 +227,6 @@ def trials_of(bench: Bench) -> list[dict[str, Any]]:
     ]
 
 
-def report(bench: Bench, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write methods.json and methods.md from the finished cells. Returns the content of
-    methods.json."""
-    result = result_of(bench, about)
-    write_report(bench.folder / "methods.json", result, text_of(result))
-    return result
-
-
 # --- the command
 
 
@@ -255,12 +244,11 @@ def check(options: Options) -> None:
 
 def main() -> int:
     """Run the cells within the time, write tables and chart, and return 1 if a cell failed."""
-    began = time.monotonic()
     options = parse(Options, sys.argv[1:])
     outlive()
     check(options)
+    until = deadline(time.monotonic(), options.budget_minutes)
     seen = in_own_process(look, options.task, options.init, options.device)
-    until = began + 60 * (options.budget_minutes or math.inf) - WRITING
     bench = make_bench(options, seen["of_task"], seen["base"], until)
     about = {
         "task": options.task,
@@ -273,13 +261,14 @@ def main() -> int:
     make_folders(bench.folder, ("runs", "decodings"))
     # exit by SystemExit, so that the current run is ended too
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        bench.run(lambda: report(bench, about))
-    finally:  # an interrupted comparison reports what it has
-        result = report(bench, about)
-        draw(result, bench.folder / "methods.png")
-    print(text_of(result))
-    return bench.store.end()
+    return bench.store.complete(
+        bench.folder / "methods",
+        bench.cells,
+        bench.show,
+        lambda: result_of(bench, about),
+        text_of,
+        draw,
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The options and the cells of benchmarks.methods: their commands, their order, and the figures of a
-finished run."""
+"""The options and the cells of benchmarks.methods: their commands, their order, and the figures of
+a finished run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -128,10 +128,10 @@ class Bench:
     methods: Sequence[Method]
     decodings: Sequence[Decoding]
 
-    def run(self, write: Callable[[], object]) -> None:
-        """Run the cells that the folder lacks, and call `write()` after each."""
+    def show(self, figures: Figures) -> str:
+        """The ranking metric, for progress."""
         metric = self.task["best"][0]
-        self.store.run(self.cells, lambda of: f"{metric} {of['metrics'].get(metric)!s:.6}", write)
+        return f"{metric} {figures['metrics'].get(metric)!s:.6}"
 
     @property
     def folder(self) -> Path:
@@ -190,32 +190,26 @@ class Bench:
 
     def run_of(self, method: Method, seed: int) -> Cell:
         """The cell that trains a method with a seed."""
-        options = self.options_of(method, seed)
-        path = place(self.folder / "runs", method.name, seed, options)
-        label = method.name
+        options, label = self.options_of(method, seed), method.name
         if self.search and method.rate is not None:
             label += f", rate {options['lr']:g}, {epochs_text(options['epochs'])}"
-        return self._cell(label, method.name, path, options, {"out": path})
+        path = place(self.folder / "runs", method.name, seed, options)
+        return self._cell(method.name, label, path, options, {"out": path})
 
     def decoding_of(self, decoding: Decoding, seed: int) -> Cell:
         """The cell that decodes with the weights of the decoding's method and that seed."""
-        method = self.chosen(self.method_of(decoding))
+        name, method = decoding.name, self.chosen(self.method_of(decoding))
         options = self.options_of(method, seed) | {"predict": self.predict, **decoding.options}
-        path = place(self.folder / "decodings", decoding.name, seed, options)
+        path = place(self.folder / "decodings", name, seed, options)
         path = path.with_suffix(Path(self.task["answers"]).suffix)
         where = {"out": self.run_of(method, seed).path, "answers": path}
-        return self._cell(decoding.name, decoding.name, path, options, where)
+        return self._cell(name, name, path, options, where)
 
     def _cell(
-        self,
-        label: str,
-        name: str,
-        path: Path,
-        options: Mapping[str, Any],
-        where: Mapping[str, Path],
+        self, name: str, label: str, path: Path, options: dict[str, Any], where: dict[str, Path]
     ) -> Cell:
         program = (sys.executable, "-m", f"finetune.{self.options.task}")
-        words = (*program, *option_words({**options, **where}))
+        words = (*program, *option_words(options | where))
         seed = options["seed"]
         return Cell(name, seed, path, words, f"{label} ({seed})", work=options["epochs"])
 
@@ -337,7 +331,6 @@ def figures_of(run: Path) -> Figures:
     log, best = records(run), results["final_is_step"]
     evals = [line for line in log if line["kind"] == "eval"]
     metrics = {line["step"]: metrics_of(line) for line in evals}
-    warnings = [line["text"] for line in log if line["kind"] == "warning"]
     figures = {
         "metrics": metrics.get(best, {}),
         "between_epochs": deviations(
@@ -347,7 +340,6 @@ def figures_of(run: Path) -> Figures:
         "intervals": (read_json(run / "validation.report.json") or {}).get("intervals", {}),
         "seconds_to_best": results["seconds"],
         **{name: results.get(name) for name in COSTS},
-        "warnings": [*warnings, *results.get("warnings", ())],
     }
     if not config["steps"]:  # a model that takes no steps
         return figures

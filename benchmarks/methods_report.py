@@ -1,5 +1,5 @@
-"""The figures of benchmarks.methods over seeds, its tables and its chart. It needs neither torch nor
-the runs."""
+"""The figures of benchmarks.methods over seeds, its tables and its chart. It needs neither torch
+nor the runs."""
 
 from __future__ import annotations
 
@@ -151,7 +151,6 @@ def rows_of(
             "metrics": stats([cell["metrics"] for cell in cells]),
             "between_epochs": stats([cell.get("between_epochs", {}) for cell in cells]),
             "intervals": top.get("intervals", {}),
-            "warnings": sorted({text for cell in cells for text in cell.get("warnings", ())}),
             "command": cells[0]["command"],
         }
         rows.append(row)
@@ -269,7 +268,7 @@ def quality_table(head: str, result: Row, rows: Sequence[Row], more: Sequence[Co
     def of_metric(metric: str) -> list[Column]:
         def text(row: Row) -> str:
             found = cell(row["metrics"].get(metric))
-            return f"**{found}**" if metric == ranks and row is top else found
+            return f"**{found}**" if found and metric == ranks and row is top else found
 
         there = beside.get(metric, {})
         return [

@@ -12,14 +12,14 @@ with them too.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from base.cli import entry_point, parse
 from base.console import outlive
-from benchmarks.harness import race, race_table, run_cases, say
+from benchmarks.harness import Cases, race, race_table, run_cases, say
 from config import PRESETS, Count, GPTConfig, PathOrName, Preset
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def contenders(vocab: int, options: Options, device: str) -> dict[str, Callable[
     return {name: partial(step, total) for name, total in totals.items()}
 
 
-def measure(options: Options, device: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def measure(options: Options, device: str) -> Cases:
     """Yields each vocabulary, with the seconds of each step's turns."""
     for vocab in map(int, options.vocab.split(",")):
         say(f"vocabulary {vocab} ...")

@@ -114,7 +114,7 @@ def measure(options: Options, results: Results) -> None:
                     for peer, of in CONTENDERS.items()
                     if peer in peers and not results.find(case.key | {"trainer": peer})
                 }
-                compare(case, CONTENDERS[OURS], todo, lambda: turns, results, more)
+                compare(case, CONTENDERS[OURS], todo, turns, results, more)
             shutil.rmtree(f"{folder}/{name}")
 
 
@@ -145,8 +145,8 @@ def report(record: dict[str, Any]) -> str:
     of = ", ".join(f"{flops:.3g} TFLOP/s in {name}" for name, flops in ceilings.items())
     return (
         f"{table(columns, rows, ('precision', 'trainer'))}\n\n{NOTES} MFU: share of the "
-        f"matrix-product ceiling measured in this run, {of}; of sheet: on a GPU, of the maker's data sheet.\n\n"
-        + "\n".join(sentences(rows))
+        f"matrix-product ceiling measured in this run, {of}; of sheet: on a GPU, of the maker's "
+        "data sheet.\n\n" + "\n".join(sentences(rows))
     )
 
 

@@ -23,15 +23,6 @@ def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def at_least(options: Any, **least: float) -> None:
-    """Raise UserError for an option below its smallest allowed value. An option that is None was
-    not given."""
-    for name, value in least.items():
-        given = getattr(options, name)
-        if given is not None and given < value:
-            raise UserError(f"--{name.replace('_', '-')} is {given}; it must be at least {value:g}")
-
-
 # --- files
 
 

@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from base.cli import entry_point, parse
 from base.commands import REPO
 from base.console import outlive
 from benchmarks.decoding import SHAPES
-from benchmarks.harness import alternate, race_table, run_cases, say, timed
+from benchmarks.harness import Cases, alternate, race_table, run_cases, say, timed
 from config import Count, PathOrName, UserError, known_names
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ async def ask(address: str, prompts: list[list[int]], at_once: int, tokens: int)
         return await asyncio.gather(*(one(*pair) for pair in enumerate(prompts)))
 
 
-def measure(options: Options, device: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def measure(options: Options, device: str) -> Cases:
     """Yields each shape and its figures."""
     for shape in known_names("--shape", options.shape, SHAPES):
         say(f"{shape} ...")

@@ -11,7 +11,6 @@ process takes some ten seconds, so a run is only a few steps long.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 import os
@@ -21,7 +20,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from base.cli import entry_point, parse
 from base.commands import REPO, side_by_side
@@ -38,7 +37,7 @@ from benchmarks.ladder import (
     scaling_points,
 )
 from benchmarks.machine import engine_hash, in_own_process
-from benchmarks.runs import at_least, make_folders, now, say, write_report
+from benchmarks.runs import make_folders, now, say
 from benchmarks.stages_report import (
     TOLERANCE,
     describe,
@@ -49,14 +48,16 @@ from benchmarks.stages_report import (
     text_of,
 )
 from benchmarks.stages_setup import fitting_micro_batch, look, prepare, product_ceilings
-from benchmarks.store import Cell, Figures, Store, option_words, place
+from benchmarks.store import Cell, Figures, Store, deadline, option_words, place
 from config import (
+    LARGEST,
     PRESETS,
     Count,
     PathOrName,
     PathsOrNames,
     Positive,
     Preset,
+    Range,
     SmallCount,
     UserError,
     known_names,
@@ -73,7 +74,8 @@ WARM_UP = {"cuda": 3, "cpu": 2}
 TIMED = {"cuda": 8, "cpu": 4}  # steps that count
 SEED = 1337
 LEARNING_RATE = 3e-4  # constant and small, because Adam's first steps amplify rounding differences
-WRITING = 6.0  # seconds reserved for the table and the chart
+# options that must be equal for all figures of a table
+IDENTITY = ("preset", "quick", "steps", "seq_len", "micro_batch", "ranks", "data", "tokenizer")
 SCALING = "scaling"  # its name in --only
 TRACE = 0  # the number of a traced run, in place of a round
 
@@ -93,7 +95,7 @@ class Options:
     with --quick, else no limit."""
     rounds: Count = 3
     """Repetitions of the ladder, if there is time."""
-    steps: Count | None = None
+    steps: Annotated[int, Range(4, LARGEST)] | None = None
     """Optimizer steps of a run, the first 2 (on CUDA 3) untimed. Default: 6, on CUDA 11."""
     seq_len: Count | None = None
     """Tokens in a sequence. Default: 1024 on CUDA, 256 elsewhere. With --quick: 256 and 128."""
@@ -286,14 +288,6 @@ def store_of(until: float) -> Store:
     return Store(figures_of, until, restart=True)
 
 
-def measure(bench: Bench, rounds: int) -> None:
-    """Run the cells that the folder lacks, round by round, and report each."""
-    compile_ahead(bench, [rung for rung in ladder(bench.machine, bench.only) if not rung.skipped])
-    bench.store.run(
-        lambda: bench.cells(rounds), lambda figures: f"{rate(figures):,.0f} tokens/s", lambda: None
-    )
-
-
 def compile_ahead(bench: Bench, rungs: Sequence[Rung]) -> None:
     """Fill the compiler's caches with several stages at a time, so that the timed runs do not
     compile one after another.
@@ -332,8 +326,8 @@ def compiled_part(settings: Settings) -> Settings:
 # --- the plan, which later calls in the same folder must share
 
 
-def shape_of(options: Options, machine: Machine) -> dict[str, Any]:
-    """The part of the plan that follows from the options and the machine."""
+def new_plan(options: Options, machine: Machine, cache: Path) -> Plan:
+    """The plan that follows from the options and the machine. Prepares the tokens."""
     cuda, quick, presets = machine.device == "cuda", options.quick, list(PRESETS)
     preset = min(options.preset, "mini", key=presets.index) if quick else options.preset
     seq_len = options.seq_len or SEQ_LEN[machine.device][quick]
@@ -344,14 +338,22 @@ def shape_of(options: Options, machine: Machine) -> dict[str, Any]:
     if cuda and not quick:
         accumulation = max(1, BATCH_TOKENS // (micro_batch * seq_len))
     most = options.ranks or (machine.devices if cuda else min(2, machine.cores))
-    return dict(
+    say("preparing the tokens ...")
+    tokenizer, vocabulary, flops = in_own_process(
+        prepare, preset, seq_len, options.data, options.tokenizer, cache
+    )
+    return Plan(
         preset=preset,
         seq_len=seq_len,
         micro_batch=micro_batch,
         accumulation=accumulation,
         # so that the stage ddp has the batch of the stage before it
         ranks=max(n for n in range(1, most + 1) if accumulation % n == 0),
+        steps=options.steps or WARM_UP[machine.device] + TIMED[machine.device],
         data=options.data,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        flops_per_token=flops,
     )
 
 
@@ -359,10 +361,10 @@ def make_plan(options: Options, machine: Machine, folder: Path) -> tuple[Plan, d
     """The plan and the measured FLOP/s of large matrix products, by precision. Both are stored in
     the folder. Raises UserError if the folder holds a ladder with other options, or of another
     machine or engine."""
-    file, shape = folder / "plan.json", shape_of(options, machine)
-    identity = shape | {
-        "tokenizer": options.tokenizer,
-        "steps": options.steps,
+    file = folder / "plan.json"
+    identity = {
+        **{name: getattr(options, name) for name in IDENTITY},
+        "layout": 2,  # of the file
         "device": machine.device,
         "hardware": machine.name,
         "threads": machine.threads,
@@ -370,19 +372,13 @@ def make_plan(options: Options, machine: Machine, folder: Path) -> tuple[Plan, d
         **machine.facts["versions"],
     }
     stored: dict[str, Any] | None = read_json(file)
-    if stored is None:
-        say("preparing the tokens ...")
-        made = prepare, shape["preset"], shape["seq_len"], options.data, options.tokenizer
-        tokenizer, vocabulary, flops = in_own_process(*made, folder / "cache")
-        steps = options.steps or WARM_UP[machine.device] + TIMED[machine.device]
-        plan = Plan(
-            **shape, steps=steps, tokenizer=tokenizer, vocabulary=vocabulary, flops_per_token=flops
-        )
+    if not stored:
+        plan = new_plan(options, machine, folder / "cache")
         names = [name for name in ("fp32", "tf32", "bf16") if name not in machine.lacks]
         ceilings = in_own_process(product_ceilings, machine.device, names)
         stored = {"identity": identity, "plan": dataclasses.asdict(plan), "ceilings": ceilings}
         write_json(file, stored)
-    then = stored["identity"]
+    then = stored.get("identity", {})
     differ = [
         f"{k} was {then.get(k)}, is {identity.get(k)}"
         for k in then | identity
@@ -399,9 +395,8 @@ def make_plan(options: Options, machine: Machine, folder: Path) -> tuple[Plan, d
 # --- the command
 
 
-def report(bench: Bench, ceilings: Mapping[str, float]) -> dict[str, Any]:
-    """Write stages.json and stages.md from the folder's runs. Returns the content of
-    stages.json."""
+def result_of(bench: Bench, ceilings: Mapping[str, float]) -> dict[str, Any]:
+    """The content of stages.json, from the folder's runs."""
     machine, only = bench.machine, bench.only
     records = {
         rung.stage.name: bench.records(rung.stage.name, rung.settings)
@@ -416,7 +411,7 @@ def report(bench: Bench, ceilings: Mapping[str, float]) -> dict[str, Any]:
         name, _, settings = bench.point(*point, 1)
         trace = bench.record(*bench.point(*point, TRACE))
         points[point] = bench.records(name, settings), trace and trace["communication"]
-    result = {
+    return {
         "date": now(),
         "machine": dataclasses.asdict(machine),
         "plan": dataclasses.asdict(bench.plan),
@@ -428,8 +423,6 @@ def report(bench: Bench, ceilings: Mapping[str, float]) -> dict[str, Any]:
         "stages": stage_rows(rungs, records, bench.failed, bench.plan, machine, ceilings, sheet),
         "scaling": scaling_rows(points, bench.ranks) if points else [],
     }
-    write_report(bench.folder / "stages.json", result, text_of(result))
-    return result
 
 
 def make_folder(folder: Path) -> None:
@@ -445,32 +438,28 @@ def main() -> int:
     began = time.monotonic()
     options = parse(Options, sys.argv[1:])
     outlive()
-    at_least(options, steps=max(WARM_UP.values()) + 1)
     stages = [*(stage.name for stage in LADDER), SCALING]
     only = known_names("--only", options.only, stages) or None
     machine = in_own_process(look, options.device, options.ranks)
     most = options.ranks or (machine.devices if machine.device == "cuda" else 1)
     if only and SCALING in only and most == 1:
         raise UserError(f"--only {SCALING} needs a number of ranks; add --ranks N")
-    minutes = options.minutes or (10.0 if machine.device == "cuda" or options.quick else math.inf)
+    usual = 10.0 if machine.device == "cuda" or options.quick else None
+    store = store_of(deadline(began, options.minutes or usual))
     folder = Path(options.out).resolve()
     make_folder(folder)
     plan, ceilings = make_plan(options, machine, folder)
-    say(
-        f"{describe(plan)}, on {machine.name}\nup to {options.rounds} rounds of runs of {plan.steps} steps"
-    )
-    store = store_of(began + 60 * minutes - WRITING)
+    say(f"{describe(plan)}, on {machine.name}\n{options.rounds} rounds of {plan.steps} steps")
     bench = Bench(folder, machine, plan, store, only, most if not only or SCALING in only else 1)
-    try:
-        measure(bench, options.rounds)
-    finally:  # an interrupted ladder reports what it has
-        result = report(bench, ceilings)
-        if importlib.util.find_spec("matplotlib"):
-            draw(result, folder / "stages.png")
-        else:
-            say("no chart: matplotlib is not installed; install it and repeat the command")
-    print(text_of(result))
-    return store.end()
+    compile_ahead(bench, [rung for rung in ladder(machine, only) if not rung.skipped])
+    return store.complete(
+        folder / "stages",
+        lambda: bench.cells(options.rounds),
+        lambda figures: f"{rate(figures):,.0f} tokens/s",
+        lambda: result_of(bench, ceilings),
+        text_of,
+        draw,
+    )
 
 
 if __name__ == "__main__":

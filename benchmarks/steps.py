@@ -15,14 +15,16 @@ import functools
 import gc
 import importlib
 import math
+import os
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, Any
 
 from base.console import bytes_text
@@ -229,6 +231,17 @@ def answer(function: Callable[..., Any], *args: Any) -> Any:
         return f"{type(error).__name__}: {reason(error)}"
 
 
+def end_with_parent() -> None:
+    """Let this process end, and free its GPU memory, when its parent ends or is killed."""
+
+    def wait() -> None:
+        if parent := parent_process():
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 # --- side by side
 
 
@@ -246,7 +259,8 @@ def process(
 ) -> Generator[tuple[Opening, Callable[[int], Turn]]]:
     """Yields a trainer's opening and a function that makes it take a turn in its own process. Both
     raise Failed."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=end_with_parent) as pool:
 
         def ask(function: Callable[..., Any], *args: Any) -> Any:
             try:
@@ -284,15 +298,14 @@ def compare(
     case: Case,
     ours: Trainer,
     others: dict[str, Trainer],
-    turns: Callable[[], Turns],
+    turns: Turns,
     results: Results,
     more: Mapping[str, Any],
 ) -> None:
     """Put the figures, or an error, of this engine and of each other trainer into `results`, with
     the fields `more`, as soon as they are known. This engine comes again after each trainer that
     took turns with it, with the figures of all its turns.
-
-    `turns` is called before each of the others. Without others, nothing is measured.
+    Without others, nothing is measured.
     """
     if not others:
         return
@@ -304,8 +317,8 @@ def compare(
 
     with contextlib.ExitStack() as stack:
         start, own = stack.enter_context(process(OURS, ours, case))
-        steps, first = steps_of(start), turns()
-        mine = [own(steps) for _ in (first if case.alone else range(first.least))]
+        steps = steps_of(start)
+        mine = [own(steps) for _ in (turns if case.alone else range(turns.least))]
         put(OURS, figures(case, start, mine))
         if case.alone:
             stack.close()
@@ -316,7 +329,7 @@ def compare(
                     steps = steps_of(its) if case.alone else max(steps_of(start), steps_of(its))
                     both = {} if case.alone else {OURS: functools.partial(own, steps)}
                     both[name] = functools.partial(other, steps)
-                    taken = alternate(both, turns())
+                    taken = alternate(both, turns)
             except Failed as error:
                 if error.name == OURS:
                     raise

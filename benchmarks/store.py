@@ -11,6 +11,7 @@ for each cell costs some ten seconds.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import shlex
@@ -25,9 +26,15 @@ from typing import Any
 from base.commands import Failed, TimeUp, execute
 from base.console import time_text
 from base.files import read_json, write_json
-from benchmarks.runs import say
+from benchmarks.runs import say, write_report
 
 Figures = dict[str, Any]
+WRITING = 6.0  # seconds kept for the tables and the chart
+
+
+def deadline(began: float, minutes: float | None) -> float:
+    """The time of time.monotonic when runs must end. None: no limit."""
+    return began + 60 * (minutes or math.inf) - WRITING
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,35 @@ class Store:
     done: dict[Cell, float] = field(default_factory=dict)  # seconds of each
     failed: dict[Cell, str] = field(default_factory=dict)  # the line that names the error
     left_out: dict[Cell, None] = field(default_factory=dict)  # cells that there was no time for
+
+    def complete(
+        self,
+        stem: Path,
+        cells: Callable[[], Iterable[Cell]],
+        show: Callable[[Figures], str],
+        result_of: Callable[[], dict[str, Any]],
+        text_of: Callable[[dict[str, Any]], str],
+        draw: Callable[[dict[str, Any], Path], None],
+    ) -> int:
+        """Run the cells that are missing. Write the result and its text to STEM.json and STEM.md
+        after each, and the chart to STEM.png at the end, even of an interrupted run. Returns the
+        exit code."""
+
+        def write() -> dict[str, Any]:
+            result = result_of()
+            write_report(stem.with_suffix(".json"), result, text_of(result))
+            return result
+
+        try:
+            self.run(cells, show, write)
+        finally:
+            result = write()
+            if importlib.util.find_spec("matplotlib"):
+                draw(result, stem.with_suffix(".png"))
+            else:
+                say("no chart: matplotlib is not installed; install it and repeat the command")
+        print(text_of(result))
+        return self.end()
 
     def run(
         self,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 from base.cli import entry_point, parse
 from base.commands import last_error
 from base.console import outlive
-from benchmarks.harness import alternate, race_table, run_cases, timed
+from benchmarks.harness import Cases, alternate, race_table, run_cases, timed
 from config import Count, PathOrName, PathsOrNames, SmallCount, UserError
 
 DOCUMENT = 4000  # characters, at least
@@ -74,7 +73,7 @@ def prepare(parquet: Path, workers: int) -> None:
         raise UserError(f"{PREPARED} failed: {reason}")
 
 
-def measure(options: Options, device: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def measure(options: Options, device: str) -> Cases:
     """Yields the seconds of the turns. Raises UserError for too little text."""
     import pyarrow
     import tiktoken

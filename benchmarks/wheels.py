@@ -162,12 +162,8 @@ def download(folder: Path, python: str) -> None:
                 old.unlink()
         for path in Path(new).iterdir():
             shutil.move(path, folder)
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.whl")}
-    largest = ", ".join(sorted(sizes, key=sizes.__getitem__, reverse=True)[:3])
-    print(
-        f"{folder}: {len(sizes)} wheels, {sum(sizes.values()) / MEBIBYTE:.1f} MiB; the largest are "
-        f"{largest}"
-    )
+    sizes = [path.stat().st_size for path in folder.glob("*.whl")]
+    print(f"{folder}: {len(sizes)} wheels, {sum(sizes) / MEBIBYTE:.1f} MiB")
 
 
 def pinned(need: Requirement, lock: dict[str, str]) -> str:

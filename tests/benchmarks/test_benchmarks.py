@@ -20,7 +20,7 @@ import pytest
 from base.charts import limits, smooth
 from benchmarks import contenders, decoding, peers, plot, serving, steps, tokenizing
 from benchmarks.contenders import CONTENDERS
-from benchmarks.harness import OURS, Budget, Results, Turns, alternate, ratio
+from benchmarks.harness import OURS, Results, Turns, alternate, ratio
 from benchmarks.steps import Case, Opening, Step, Turn
 from config import UserError
 from tools.runs import run_names
@@ -107,12 +107,8 @@ def test_contenders_take_turns() -> None:
     assert alternate(contenders, range(2), dropped=(ZeroDivisionError,)) == {"works": [2, 2]}
 
 
-def test_time_that_is_left_is_shared() -> None:
+def test_turns_end_when_their_time_is_over() -> None:
     assert list(Turns(2, 5)) == [0, 1] and list(Turns(2, 5, seconds=60)) == [0, 1, 2, 3, 4]
-    budget = Budget(100, 4, 3, 30)
-    assert budget.turns().seconds == pytest.approx(25, abs=1)
-    assert budget.turns(3).seconds == pytest.approx(100, abs=1)
-    assert Budget(-5, 1, 3, 30).turns() == Turns(3, 30, 0)
 
 
 def test_ratios_are_of_the_same_turn() -> None:
@@ -259,7 +255,7 @@ def test_on_a_gpu_each_contender_trains_alone(monkeypatch, tmp_path) -> None:
     case = Case("micro", shape, "bf16", "cuda", str(tmp_path))
     others = {name: CONTENDERS[name] for name in ("transformers", "plain")}
     results = Results(None, FACTS, Turns(2, 2), str)
-    steps.compare(case, CONTENDERS[OURS], others, lambda: Turns(2, 2), results, {})
+    steps.compare(case, CONTENDERS[OURS], others, Turns(2, 2), results, {})
     found = {row["trainer"]: row for row in results.cases}
     assert beside == [[OURS]] * 2 + [["transformers"]] * 2 + [["plain"]] * 2 and not running
     assert found["plain"]["speed_ratio"] == [3, 3, 3] and found["plain"]["memory_ratio"] == 0.5

@@ -378,7 +378,7 @@ def test_a_benchmark_has_the_options_that_it_is_given(measured: Part) -> None:
 def test_every_peer_of_a_gpu_is_compared() -> None:
     peers = {name for name, of in CONTENDERS.items() if "cuda" in of.devices and of.peer}
     assert {*gpu_check.COMPILED, *gpu_check.EAGER} == peers | {f"{OURS} fp8"} <= {*CONTENDERS}
-    assert set(gpu_check.LONG) <= {part.name for part in all_parts()}
+    assert set(gpu_check.EXPECTED) <= {part.name for part in all_parts()}
 
 
 def test_the_engine_needs_small_packages_only(repo) -> None:

@@ -107,7 +107,8 @@ def test_a_gpus_ledger_counts_the_generated_code(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "ledger-h200.png").read_bytes().startswith(b"\x89PNG")
     (case,) = json.loads((tmp_path / "ledger-h200.json").read_text(encoding="utf-8"))["cases"]
     moved, bound = case["generated"], {op["name"]: op["bytes"] for op in case["operations"]}
-    assert moved["stack of dq, dk, dv"] == 2 * 6 * (3 * 32) * size["n_embd"]
+    stack = 2 * 6 * (3 * 32) * size["n_embd"]  # and the sums for the biases
+    assert stack <= moved["stack of dq, dk, dv"] < 1.02 * stack
     assert moved[ledger.REMAINDER] < 0.01 * sum(moved.values())
     for name in ("qkv forward", "fc dx", "mlp projection dW", "attention forward", "GELU forward"):
         assert bound[name] <= moved[name] < 1.25 * bound[name], name

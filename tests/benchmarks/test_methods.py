@@ -113,7 +113,7 @@ def write_run(
     (folder / "checkpoints").mkdir(parents=True)
     config = {"epochs": 3, "lr": lr, "steps": steps if lr else None}
     (folder / "config.json").write_text(json.dumps(config))
-    lines: list[dict[str, Any]] = [{"kind": "warning", "text": "two rows are cut"}]
+    lines: list[dict[str, Any]] = []
     for step in range(1, steps + 1) if lr else ():
         lines.append({"kind": "train", "step": step, "loss": 1.0, "step_ms": 1000.0 * step})
         of_step = {
@@ -173,8 +173,8 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> Fake:
     return fake
 
 
-def silent() -> None:
-    return None
+def run_all(bench: Bench) -> None:
+    bench.store.run(bench.cells, bench.show, lambda: None)
 
 
 # --- the cells
@@ -186,7 +186,7 @@ def test_one_seed_for_all_then_more_for_the_best(
 ) -> None:
     fake.score = lambda name, seed, **tried: "daebgcf".index(name) + seed / 10
     bench = bench_of(tmp_path, way=way)
-    bench.run(silent)
+    run_all(bench)
     names = [method.name for method in FEW]
     expected = [(name, 1) for name in names] + [("draw", 1), ("first", 1)]
     for seed in (2, 3):
@@ -200,11 +200,11 @@ def test_one_seed_for_all_then_more_for_the_best(
 
 
 def test_a_done_cell_is_kept_and_other_options_make_another(fake: Fake, tmp_path: Path) -> None:
-    bench_of(tmp_path).run(silent)
+    run_all(bench_of(tmp_path))
     first = len(fake.ran)
-    bench_of(tmp_path).run(silent)
+    run_all(bench_of(tmp_path))
     assert len(fake.ran) == first
-    bench_of(tmp_path, epochs=4).run(silent)
+    run_all(bench_of(tmp_path, epochs=4))
     assert len(fake.ran) == 2 * first
     assert not list(tmp_path.glob("runs/*/checkpoints"))  # deleted: final/ is enough
 
@@ -212,7 +212,7 @@ def test_a_done_cell_is_kept_and_other_options_make_another(fake: Fake, tmp_path
 def test_a_failure_loses_one_cell_and_is_named(fake: Fake, tmp_path: Path) -> None:
     fake.failing = {"a"}
     bench = bench_of(tmp_path, best=3)
-    bench.run(silent)
+    run_all(bench)
     assert [cell.name for cell in bench.store.failed] == ["a"]
     # `a` has no weights to decode with
     assert ("draw", 1) not in fake.ran and ("first", 1) in fake.ran
@@ -231,12 +231,12 @@ def test_the_budget_is_kept_and_the_rest_is_named(
     with pytest.MonkeyPatch.context() as patch:
         fake = install(patch, Fake())
         bench = bench_of(folder, until=fake.now + budget)
-        bench.run(silent)
+        run_all(bench)
         assert fake.now <= bench.store.until and len(fake.ran) == min(17, int(budget / 10))
         left_out = {cell.label for cell in bench.store.left_out}
         assert set(result_of(bench, ABOUT)["left_out"]) == left_out
         assert all(label in text_of(result_of(bench, ABOUT)) for label in left_out)
-        bench_of(folder).run(silent)  # the command without a limit runs all others
+        run_all(bench_of(folder))  # the command without a limit runs all others
         # 7 methods + 2 decodings, then twice 2 + 2
         assert len(fake.ran) == len(set(fake.ran)) == 17
 
@@ -259,7 +259,7 @@ def test_a_search_tries_all_methods_equally_and_keeps_the_best(
     )
     methods = (*FEW[:2], FITTED)
     bench = bench_of(tmp_path, methods=methods, decodings=(), **SEARCH, best=1)
-    bench.run(silent)
+    run_all(bench)
     # first trials come first; a method without randomness has one trial
     names = ["a", "b", "fitted", *"ab" * 3]
     assert fake.ran == [*((name, 1) for name in names), ("b", 2), ("b", 3)]
@@ -277,16 +277,16 @@ def test_a_search_tries_all_methods_equally_and_keeps_the_best(
 
 
 def test_a_search_and_a_comparison_share_the_run_that_both_want(fake: Fake, tmp_path: Path) -> None:
-    bench_of(tmp_path, seeds=(1,)).run(silent)
+    run_all(bench_of(tmp_path, seeds=(1,)))
     ran = len(fake.ran)
-    bench_of(tmp_path, seeds=(1,), **SEARCH).run(silent)
+    run_all(bench_of(tmp_path, seeds=(1,), **SEARCH))
     assert len(fake.ran) == ran + 3 * len(FEW)
 
 
 def test_a_method_without_randomness_runs_with_one_seed(fake: Fake, tmp_path: Path) -> None:
     fake.score = lambda name, seed, **options: 9.0 if name == "fitted" else 1.0
     bench = bench_of(tmp_path, methods=(FITTED, *FEW), best=2)
-    bench.run(silent)
+    run_all(bench)
     rows = {row["name"]: row for row in result_of(bench, ABOUT)["methods"]}
     assert (
         rows["fitted"]["seeds"] == [1] and sum(len(row["seeds"]) == 3 for row in rows.values()) == 2
@@ -295,10 +295,10 @@ def test_a_method_without_randomness_runs_with_one_seed(fake: Fake, tmp_path: Pa
 
 
 def test_only_named_methods_and_decodings_run(fake: Fake, tmp_path: Path) -> None:
-    bench_of(tmp_path, only="b,first", seeds=(1,)).run(silent)
+    run_all(bench_of(tmp_path, only="b,first", seeds=(1,)))
     assert fake.ran == [("b", 1), ("first", 1)]
     fake.ran = []
-    bench_of(tmp_path, only="draw", seeds=(1,)).run(silent)
+    run_all(bench_of(tmp_path, only="draw", seeds=(1,)))
     assert fake.ran == []  # `a` has not been trained
 
 
@@ -480,7 +480,6 @@ def test_figures_are_those_of_the_step_of_final(tmp_path: Path) -> None:
         2.0,
     )
     assert figures["trained_parameters"] == 1000
-    assert figures["warnings"] == ["two rows are cut"]
     # the time of steps, without evaluations
     assert figures["seconds_to_best"] == 1 + 2 + 3 + 4
     of_half = [40.0, 34.0]  # steps 4 and 6, because step 2 is in the first half

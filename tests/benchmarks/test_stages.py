@@ -319,6 +319,10 @@ def bench_of(
     return Bench(folder, machine, PLAN, stages.store_of(math.inf), only, ranks)
 
 
+def run_rounds(bench: Bench, rounds: int) -> None:
+    bench.store.run(lambda: bench.cells(rounds), str, lambda: None)
+
+
 @pytest.fixture
 def runs(monkeypatch) -> list[tuple[str, int]]:
     """The fake runs in order. The run of `flash-attention` fails."""
@@ -345,7 +349,7 @@ ONLY = ["baseline", "flash-attention", "clip"]
 
 def test_rounds_repeat_the_ladder_despite_a_failure(tmp_path, runs, capsys) -> None:
     bench = bench_of(tmp_path, only=ONLY)
-    stages.measure(bench, rounds=2)
+    run_rounds(bench, rounds=2)
     first = [("baseline", 1), ("flash-attention", 1), ("clip", 1)]
     assert runs == [*first, ("baseline", 2), ("clip", 2)]
     assert bench.failed == {"flash-attention": "RuntimeError: boom"}
@@ -358,19 +362,19 @@ def test_rounds_repeat_the_ladder_despite_a_failure(tmp_path, runs, capsys) -> N
 
 
 def test_a_second_call_makes_only_what_is_missing(tmp_path, runs) -> None:
-    stages.measure(bench_of(tmp_path, only=["baseline"]), rounds=1)
-    stages.measure(bench_of(tmp_path, only=["baseline", "clip"]), rounds=2)
+    run_rounds(bench_of(tmp_path, only=["baseline"]), rounds=1)
+    run_rounds(bench_of(tmp_path, only=["baseline", "clip"]), rounds=2)
     assert runs == [("baseline", 1), ("clip", 1), ("baseline", 2), ("clip", 2)]
     (note,) = tmp_path.glob("runs/clip-2-*.cell.json")
     note.write_text('{"torn')  # the run's folder still exists
-    stages.measure(bench_of(tmp_path, only=["baseline", "clip"]), rounds=2)
+    run_rounds(bench_of(tmp_path, only=["baseline", "clip"]), rounds=2)
     assert runs[4:] == [("clip", 2)]
 
 
 def test_no_run_starts_that_cannot_end_in_time(tmp_path, runs, capsys) -> None:
     bench = bench_of(tmp_path, only=ONLY)
     bench.store.until = time.monotonic() - 1
-    stages.measure(bench, rounds=1)
+    run_rounds(bench, rounds=1)
     assert runs == [] and bench.store.end() == 0
     out = "the time was up; repeat the command to run what is left out: baseline, flash-attention"
     assert out in capsys.readouterr().err
@@ -378,14 +382,14 @@ def test_no_run_starts_that_cannot_end_in_time(tmp_path, runs, capsys) -> None:
 
 def test_a_failure_is_reported_and_sets_the_exit_code(tmp_path, runs, capsys) -> None:
     bench = bench_of(tmp_path, only=ONLY)
-    stages.measure(bench, rounds=1)
+    run_rounds(bench, rounds=1)
     assert bench.store.end() == 1
     assert "flash-attention failed: RuntimeError: boom" in capsys.readouterr().err
 
 
 def test_scaling_runs_each_point_and_traces_several_ranks(tmp_path, runs) -> None:
     bench = bench_of(tmp_path, only=["scaling"], ranks=2)
-    stages.measure(bench, rounds=2)
+    run_rounds(bench, rounds=2)
     names = ["ranks-1-each-1", "ranks-2-each-1", "ranks-1-each-2"]
     first = [(name, 1) for name in names]
     first.insert(2, ("ranks-2-each-1", stages.TRACE))
@@ -429,7 +433,8 @@ def test_a_wrong_name_is_refused_before_anything_runs(monkeypatch, tmp_path) -> 
 def test_another_ladder_in_the_folder_is_refused(tmp_path) -> None:
     plan = {"identity": {"preset": "mini"}, "plan": dataclasses.asdict(PLAN), "ceilings": {}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(UserError, match=r"holds another ladder \(preset was mini, is micro; "):
+    expected = r"holds another ladder \(preset was mini, is micro; .*layout was None, is 2"
+    with pytest.raises(UserError, match=expected):
         stages.make_plan(stages.Options(preset="micro"), CPU, tmp_path)
 
 
