@@ -17,7 +17,7 @@ from config import RunConfig, RunOptions, UserError, default_out
 from engine.lengths import lengths_of
 from engine.precision import choose_precision
 from engine.processes import choose_device
-from engine.start import Start, is_finished
+from engine.start import Start, is_finished, is_of_a_run
 from kernels import choose, operation_names
 from storage.checkpoint import RECORD
 
@@ -45,7 +45,8 @@ def folder_of(cfg: RunConfig) -> Path:
 
 
 def previous_start(cfg: RunConfig) -> PreviousStart | None:
-    """The last start of the run that `cfg` continues. None if the run is new.
+    """The last start of the run that `cfg` continues. None if the run is new, or if the folder is
+    not a run's, which `open_run` refuses.
 
     A start that failed before it wrote config.json does not count: it trained nothing.
     """
@@ -62,7 +63,7 @@ def previous_start(cfg: RunConfig) -> PreviousStart | None:
         raise UserError(
             f"{run / 'config.json'} or {RECORD} beside it is not valid JSON: {error}; repair it"
         ) from None
-    if not isinstance(record, dict) or not isinstance(options, dict) or not options:
+    if not is_of_a_run(record) or not isinstance(options, dict) or not options:
         return None
     return PreviousStart(options, record, record.get("asked") or {})
 

@@ -190,11 +190,8 @@ def _record_of(run: Path) -> dict[str, Any] | None:
     something else."""
     try:
         record = json.loads((run / RECORD).read_text(encoding="utf-8"))
-        record["identity"].get("steps")
-        lengths_of(record)
-        return record
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{run / RECORD} does not belong to a run; choose another --out") from None
+    except ValueError:
+        record = None
     except OSError:
         foreign = [name for name in WRITTEN if (run / name).exists()]
         if foreign:
@@ -202,6 +199,18 @@ def _record_of(run: Path) -> dict[str, Any] | None:
                 f"{run} holds a {foreign[0]} that does not belong to a run; choose another --out"
             ) from None
         return None
+    if not is_of_a_run(record):
+        raise UserError(f"{run / RECORD} does not belong to a run; choose another --out")
+    return record
+
+
+def is_of_a_run(record: Any) -> bool:
+    """Whether a value has what a run writes into run.json."""
+    try:
+        record["identity"].get("steps")
+        return bool(lengths_of(record))
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def _micro_batch_of(run: Path) -> int | None:

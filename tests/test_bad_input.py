@@ -264,6 +264,16 @@ DAMAGES: dict[str, tuple[Change, str, list[str]]] = {
         ["every checkpoint of run is damaged"],
     ),
     "run.json": (write("run/run.json", b"[]"), "", ["run.json does not belong to a run"]),
+    "run.json of another program": (
+        write("run/run.json", b'{"name": "other"}'),
+        "",
+        ["run.json does not belong to a run"],
+    ),
+    "run.json of another version": (
+        write("run/run.json", b'{"identity": {}, "lengths": [{"from": 0}]}'),
+        "--data gone.txt",
+        ["no such data: gone.txt"],
+    ),
     "unknown key": (
         write("c.json", b'{"stepz": 4}'),
         "--config c.json",
