@@ -115,14 +115,17 @@ def start_ranks(size: int, threads: int | None) -> int:
         return wait_for(started)
     finally:
         for process in started:
+            process.terminate()  # and not kill, so that it removes its scratch folder
+        wait_for(started, GRACE)
+        for process in started:
             process.kill()
             process.wait()
 
 
-def wait_for(started: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait until all processes have ended, or one has failed and the others had time to end.
-    Returns the exit code of the first that failed, or 0."""
-    failed, deadline = 0, float("inf")
+def wait_for(started: Sequence[subprocess.Popen[bytes]], seconds: float = float("inf")) -> int:
+    """Wait until all processes have ended, `seconds` are over, or one has failed and the others had
+    time to end. Returns the exit code of the first that failed, or 0."""
+    failed, deadline = 0, time.monotonic() + seconds
     while time.monotonic() < deadline:
         codes = [process.poll() for process in started]
         if not failed and (failed := next(filter(None, codes), 0)):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +123,9 @@ def test_a_run_of_three_ranks_is_the_same_bit_for_bit(on_three: Path) -> None:
     assert codes[0] == 1 and "differs: data was" in out and "different: step " in out, out
 
 
-def test_verify_starts_as_many_processes_as_the_run_had(run, trained: Path, tmp_path: Path) -> None:
+def test_verify_starts_as_many_processes_as_the_run_had(
+    run, trained: Path, tmp_path: Path, monkeypatch
+) -> None:
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True, ignore=lambda *_: ["run"])
     words = small("--steps 4 --save-every 2 --eval-every 0 --sample-every 0")
     assert [end.code for end in launch(tmp_path, words, ranks=2)] == [0, 0]
@@ -128,6 +133,14 @@ def test_verify_starts_as_many_processes_as_the_run_had(run, trained: Path, tmp_
     same = "bit for bit the same for 2 steps (3 to 4)"
     alone = "this machine has 1 core: replaying on one"
     assert found.returncode == 0 and (same if cores() > 1 else alone) in found.stdout, found
+    (scratch := tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    slow = [sys.executable, "-m", "tools.verify", "run", "--from", "0"]
+    with subprocess.Popen(slow, cwd=tmp_path) as process:
+        while not any(scratch.iterdir()):
+            time.sleep(0.02)
+        process.terminate()
+    assert process.returncode == 143 and not any(scratch.iterdir())
     (tmp_path / "text.txt").unlink()
     found = run("-m", "tools.verify", "run")
     assert found.returncode == 2 and found.stderr.count("\n") == 1, found
