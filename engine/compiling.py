@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import threading
 import warnings
@@ -101,8 +102,10 @@ def _prepare_cpp() -> None:
     """Shorten the first step of a run that finds nothing in Inductor's cache.
 
     Inductor compiles small programs to see which vector instructions work here, most of them with
-    PyTorch's headers. PyTorch's own kernels trust the processor's flags, and so do these. A thread
-    compiles the header of all kernels while the first graph is traced.
+    PyTorch's headers. PyTorch's own kernels trust the processor's flags, and so do these, if the
+    compiler knows the instructions: one that is older than the processor does not, and Inductor
+    then looks for those that it knows. A thread compiles the header of all kernels while the first
+    graph is traced.
     """
     import torch._inductor.config as inductor
     from torch._inductor.codecache import CppPythonBindingsCodeCache as Kernels
@@ -113,7 +116,20 @@ def _prepare_cpp() -> None:
             # the header for a kernel that is then not compiled itself
             Kernels.load_pybinding_async([], "void kernel() {}", submit_fn=lambda compile: None)
 
-    if inductor.cpp.vec_isa_ok is None:  # else TORCHINDUCTOR_VEC_ISA_OK has set it
+    # not None: TORCHINDUCTOR_VEC_ISA_OK has set it
+    if inductor.cpp.vec_isa_ok is None and compiler_knows_processor():
         inductor.cpp.vec_isa_ok = True
     pick_vec_isa()  # keeps its result, and two threads must not look at a time
     threading.Thread(target=compile_header, daemon=True).start()
+
+
+def compiler_knows_processor() -> bool:
+    """Whether the C++ compiler takes the flags of all of this processor's vector instructions."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.cpu_vec_isa import supported_vec_isa_list, x86_isa_checker
+
+    here = set(x86_isa_checker())  # empty on other processors, whose flags are old
+    known = [isa for isa in supported_vec_isa_list if here.issuperset(str(isa).split())]
+    flags = [flag for isa in known for flag in isa.build_arch_flags().split()]
+    command = [get_cpp_compiler(), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config as inductor
 import torch.nn as nn
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.cpu_vec_isa import x86_isa_checker
 from torch.utils._pytree import tree_leaves
 
 from config import GPTConfig
+from engine.compiling import compiler_knows_processor, compiler_problem
 from engine.evaluation import evaluate
 from random_tokens import make_step
 
@@ -146,3 +150,17 @@ def test_compiled_recomputation_holds_one_block_at_a_time(monkeypatch):
 
     with_all, with_one = backward_bytes(False), backward_bytes(True)
     assert with_one < with_all / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Inductor looks by itself")
+def test_a_compiler_older_than_the_processor_is_not_trusted(monkeypatch, tmp_path):
+    (old := tmp_path / "old").write_text(
+        '#!/bin/sh\ncase "$*" in *-mavx*|*-mamx*) exit 1;; esac\nexec g++ "$@"\n'
+    )
+    old.chmod(0o755)
+    if not x86_isa_checker() or compiler_problem("cpu"):
+        pytest.skip("needs a C++ compiler and an x86 processor with vector instructions")
+    assert compiler_knows_processor()
+    monkeypatch.setenv("CXX", str(old))
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, str(old)))
+    assert not compiler_knows_processor()
