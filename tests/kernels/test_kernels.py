@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -16,7 +17,7 @@ from kernels._kernel import all_kernels
 from kernels.ops import ops_of
 from launch import small, write_inputs
 
-TRITON = ",".join(kernels.TRITON)
+TRITON = ",".join(kernels.operation_names("triton"))  # one for each operation
 # The kernels that auto chooses on a GPU without documents, uncompiled and compiled.
 UNCOMPILED = ["adamw", "bias_gelu", "cross_entropy", "layer_norm", "split_heads"]
 COMPILED = [name for name in UNCOMPILED if name != "layer_norm"]
@@ -60,9 +61,9 @@ def test_triton_is_chosen_whole_or_by_name():
     assert choose("triton", "cuda") == (TRITON, None)
     assert choose("layer_norm,adamw", "cuda") == ("layer_norm,adamw", None)
     assert choose(TRITON, "cuda") == (TRITON, None)  # what a resolved configuration says
-    assert (
-        kernels.operation_names("torch") == () and kernels.operation_names(TRITON) == kernels.TRITON
-    )
+    assert kernels.operation_names("torch") == () and kernels.operation_names(
+        TRITON
+    ) == kernels.operation_names("triton")
     with pytest.raises(UserError, match="did you mean layer_norm"):
         choose("layernorm", "cuda")
 
@@ -76,7 +77,7 @@ def test_auto_masks_documents_by_kernel_without_dropout():
     assert "attention" in choose("auto", "cuda", document_mask=True)[0].split(",")
     chosen, lost = choose("auto", "cuda", document_mask=True, dropout=0.1)
     assert "attention" not in chosen and lost is not None and "dropout" in lost
-    others = ",".join(name for name in kernels.TRITON if name != "attention")
+    others = ",".join(name for name in TRITON.split(",") if name != "attention")
     with pytest.raises(UserError, match=f"dropout; use --kernels {others}"):
         choose("triton", "cuda", dropout=0.1)
 
@@ -161,3 +162,8 @@ def test_a_kernel_is_one_file(repo, tmp_path, monkeypatch):
     assert torch.equal(
         ops_of(config).linear_gelu(lambda x, bias: x + x, x, x), example.kernel(2 * x)
     )
+    with pytest.raises(UserError, match="bias_gelu and gelu both replace linear_gelu"):
+        ops_of(dataclasses.replace(config, kernels=("bias_gelu", "gelu")))
+    monkeypatch.setitem(kernels.KERNELS, "gelu", kernel)
+    monkeypatch.setattr(kernels, "TRITON", (*kernels.TRITON, "gelu"))
+    assert ",".join(kernels.operation_names("triton")) == TRITON
