@@ -6,8 +6,10 @@ python -m docs.options
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from pathlib import Path
 
+import finetune
 from base.arguments import TYPES, Option, field_docs, options_of
 from config import LARGEST, OPTIMIZATIONS, Range, marks
 
@@ -20,41 +22,25 @@ resume, an option that is not typed takes the run's own value. `python -m docs.o
 dataclasses that declare the options, and a test holds it. The options of benchmarks are in their `--help` alone.
 """
 # heading, the commands that have these options, and the dataclass
-SECTIONS = (
+SHARED = (
     ("Every run", "`train_gpt2.py`, `finetune.*`", "config.RunConfig"),
     ("Pretraining", "`train_gpt2.py`", "config.TrainConfig"),
     ("Fine-tuning", "`finetune.*`", "tasks.options.FinetuneConfig"),
     ("Methods of fine-tuning", "`finetune.*`", "adapters.options.MethodConfig"),
     (
         "Classification",
-        "`finetune.sentiment`, `.paraphrase`, `.nli`, `.topics`",
+        "the tasks of classification",
         "tasks.classification.options.ClassificationConfig",
     ),
-    (
-        "Generation",
-        "`finetune.lyrics`, `.sonnets`, `.text`, `.summarize`, `.qa`, `.chat`",
-        "tasks.generation.options.GenerationConfig",
-    ),
+    ("Generation", "the tasks of generation", "tasks.generation.options.GenerationConfig"),
     ("Preferences", "`finetune.preferences`", "tasks.preferences.options.PreferencesConfig"),
     (
         "Decoding",
         "`generate.py`, the tasks of generation, `finetune.preferences`",
         "decoding.options.DecodeConfig",
     ),
-    *(
-        (name.capitalize(), f"`finetune.{name}`", f"finetune.{name}.{name.capitalize()}Config")
-        for name in (
-            "sentiment",
-            "paraphrase",
-            "nli",
-            "topics",
-            "lyrics",
-            "text",
-            "summarize",
-            "qa",
-            "chat",
-        )
-    ),
+)
+TOOLS = (
     ("Writing text", "`generate.py`", "generate.GenerateConfig"),
     ("Evaluation", "`evaluate.py`", "evaluate.EvaluateConfig"),
     ("Preparing data", "`fineweb_prep.py`", "fineweb_prep.PrepConfig"),
@@ -70,10 +56,21 @@ SECTIONS = (
 )
 
 
+def task_sections() -> list[tuple[str, str, str]]:
+    """A section for each task with options of its own, found in finetune/: a task is one file."""
+    names = sorted(info.name for info in pkgutil.iter_modules(finetune.__path__) if not info.ispkg)
+    configs = {name: importlib.import_module(f"finetune.{name}").TASK.config for name in names}
+    return [
+        (name.capitalize(), f"`finetune.{name}`", f"{config.__module__}.{config.__name__}")
+        for name, config in configs.items()
+        if config.__module__ == f"finetune.{name}"
+    ]
+
+
 def page() -> str:
     """The page as Markdown: a table for each dataclass, of the fields that it declares itself."""
     parts = [HEAD]
-    for heading, commands, name in SECTIONS:
+    for heading, commands, name in (*SHARED, *task_sections(), *TOOLS):
         module, _, kind = name.rpartition(".")
         cls = getattr(importlib.import_module(module), kind)
         own = [option for option in options_of(cls) if option.name in vars(cls)["__annotations__"]]

@@ -7,7 +7,7 @@ receive their names (GPTConfig.kernels). No operation falls back to PyTorch with
 
 from __future__ import annotations
 
-from config import RunConfig, UserError, known_names
+from config import GPTConfig, RunConfig, UserError, known_names
 from kernels._card import Card
 from kernels._kernel import all_kernels
 from kernels._triton import no_triton_reason
@@ -27,7 +27,7 @@ def choose(cfg: RunConfig, device_type: str, card: Card | None = None) -> tuple[
     a warning about kernels that cannot run.
 
     `auto` chooses the device's kernels that are faster than what runs without them. `triton` means
-    every operation in Triton. Any other value names operations. A kernel that does not fit `card`
+    every operation in Triton, by the first of its kernels. Any other value names operations. A kernel that does not fit `card`
     (default: this process's GPU) is never chosen. Raises UserError if a named kernel cannot run.
     """
     if cfg.kernels == "torch":
@@ -75,9 +75,20 @@ def _unavailable_reason(
     return elsewhere or kernel.refusal(cfg, card)
 
 
+def _one_for_each_operation() -> list[str]:
+    """The kernels in Triton, without those that replace what one before them replaces."""
+    names, replaced = list[str](), set[str]()
+    for name in TRITON:
+        operations = set(KERNELS[name].ops(GPTConfig()))
+        if not operations & replaced:
+            names.append(name)
+            replaced |= operations
+    return names
+
+
 def _parse_names(kernels: str) -> list[str]:
     if kernels == "triton":
-        return list(TRITON)
+        return _one_for_each_operation()
     names = known_names("--kernels", kernels, (*SETS, *KERNELS))
     if mixed := next((name for name in names if name in SETS), None):
         raise UserError(

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import GPTConfig
+from config import GPTConfig, UserError
 from kernels._kernel import all_kernels
 from kernels.attention import explicit_attention, fused_attention
 from kernels.bias_gelu import linear_gelu_reference
@@ -57,15 +57,23 @@ class Ops:
 
 
 def ops_of(config: GPTConfig) -> Ops:
-    """The operations that a configuration asks for."""
+    """The operations that a configuration asks for. Raises UserError if two kernels replace one
+    operation."""
     fields: dict[str, Any] = {
         "linear": fp8_linear if config.fp8 else F.linear,
         "attention": explicit_attention if config.attention == "explicit" else fused_attention,
         "loss": _loss(config.chunked_head, triton="cross_entropy" in config.kernels),
         "dropout": Dropout if config.dropout else nn.Dropout,
     }
+    owners: dict[str, str] = {}
     for name in config.kernels:
-        fields |= all_kernels()[name].ops(config)
+        for replaced, operation in all_kernels()[name].ops(config).items():
+            if other := owners.get(replaced):
+                raise UserError(
+                    f"the kernels {other} and {name} both replace {replaced}; name one of them with "
+                    "--kernels"
+                )
+            owners[replaced], fields[replaced] = name, operation
     return Ops(**fields)
 
 

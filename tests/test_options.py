@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import finetune
 from base.arguments import field_docs, options_of
 from base.cli import parse, parse_typed
 from config import PathName, Positional, Range, TrainConfig, UserError, check_ranges, expand, marks
@@ -487,6 +488,22 @@ def test_the_page_of_options_matches_the_dataclasses() -> None:
     commands = [kind for kind in KINDS if not kind.__module__.startswith("benchmarks")]
     for option in {option.label for kind in commands for option in options_of(kind)}:
         assert f"| `{option}` |" in committed
+
+
+def test_the_page_of_options_finds_a_new_task(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "riddles.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from types import SimpleNamespace\n"
+        "from tasks.generation.options import GenerationConfig\n"
+        "@dataclass(frozen=True)\n"
+        "class Options(GenerationConfig):\n"
+        "    riddle_column: str | None = None\n"
+        '    """Column of the riddle."""\n'
+        "TASK = SimpleNamespace(config=Options)\n"
+    )
+    monkeypatch.setattr(finetune, "__path__", [*finetune.__path__, str(tmp_path)])
+    section = page().partition("## Riddles\n")[2].partition("## ")[0]
+    assert "`finetune.riddles`" in section and "`--riddle-column`" in section
 
 
 def test_help_has_defaults_and_docstrings_of_base_classes(capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -16,10 +17,18 @@ from kernels._kernel import all_kernels
 from kernels.ops import ops_of
 from launch import small, write_inputs
 
-TRITON = ",".join(kernels.TRITON)
-# The kernels that auto may choose without documents, uncompiled and compiled.
-NO_ATTENTION = [name for name in kernels.TRITON if name != "attention"]
-COMPILED = [name for name in NO_ATTENTION if name != "layer_norm"]
+TRITON = ",".join(kernels.operation_names("triton"))  # one for each operation
+# The kernels that auto chooses on a GPU without documents, uncompiled and compiled.
+UNCOMPILED = ["adamw", "bias_gelu", "cross_entropy", "layer_norm", "split_heads"]
+COMPILED = [name for name in UNCOMPILED if name != "layer_norm"]
+
+
+@pytest.fixture
+def shipped(monkeypatch):
+    """Hide a kernel that a reader of docs/add-a-kernel.md added: auto may or may not choose it."""
+    names = {*UNCOMPILED, "attention", "cpu_attention"}
+    known = {name: kernel for name, kernel in kernels.KERNELS.items() if name in names}
+    monkeypatch.setattr(kernels, "KERNELS", known)
 
 
 def choose(asked: str, device_type: str, **options: Any) -> tuple[str, str | None]:
@@ -37,7 +46,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
         choose("triton", "cuda")
 
 
-def test_auto_says_what_is_lost_without_triton(monkeypatch):
+def test_auto_says_what_is_lost_without_triton(monkeypatch, shipped):
     monkeypatch.setattr(kernels._triton, "triton", None)
     chosen, lost = choose("auto", "cuda")
     assert (
@@ -52,23 +61,24 @@ def test_triton_is_chosen_whole_or_by_name():
     assert choose("triton", "cuda") == (TRITON, None)
     assert choose("layer_norm,adamw", "cuda") == ("layer_norm,adamw", None)
     assert choose(TRITON, "cuda") == (TRITON, None)  # what a resolved configuration says
-    assert (
-        kernels.operation_names("torch") == () and kernels.operation_names(TRITON) == kernels.TRITON
-    )
+    assert kernels.operation_names("torch") == () and kernels.operation_names(
+        TRITON
+    ) == kernels.operation_names("triton")
     with pytest.raises(UserError, match="did you mean layer_norm"):
         choose("layernorm", "cuda")
 
 
-def test_auto_leaves_fusible_operations_to_the_compiler():
+def test_auto_leaves_fusible_operations_to_the_compiler(shipped):
     assert choose("auto", "cuda")[0] == ",".join(COMPILED)
-    assert choose("auto", "cuda", compile=False)[0] == ",".join(NO_ATTENTION)
+    assert choose("auto", "cuda", compile=False)[0] == ",".join(UNCOMPILED)
 
 
 def test_auto_masks_documents_by_kernel_without_dropout():
     assert "attention" in choose("auto", "cuda", document_mask=True)[0].split(",")
     chosen, lost = choose("auto", "cuda", document_mask=True, dropout=0.1)
     assert "attention" not in chosen and lost is not None and "dropout" in lost
-    with pytest.raises(UserError, match=f"dropout; use --kernels {','.join(NO_ATTENTION)}"):
+    others = ",".join(name for name in TRITON.split(",") if name != "attention")
+    with pytest.raises(UserError, match=f"dropout; use --kernels {others}"):
         choose("triton", "cuda", dropout=0.1)
 
 
@@ -85,7 +95,7 @@ def test_a_cpu_has_its_own_attention_where_it_is_faster(monkeypatch):
         choose("cpu_attention,adamw", "cuda")
 
 
-def test_without_turns_a_kernel_off():
+def test_without_turns_a_kernel_off(shipped):
     assert choose("auto", "cuda", without=("fused-adamw",)) == (
         "bias_gelu,cross_entropy,split_heads",
         None,
@@ -152,3 +162,8 @@ def test_a_kernel_is_one_file(repo, tmp_path, monkeypatch):
     assert torch.equal(
         ops_of(config).linear_gelu(lambda x, bias: x + x, x, x), example.kernel(2 * x)
     )
+    with pytest.raises(UserError, match="bias_gelu and gelu both replace linear_gelu"):
+        ops_of(dataclasses.replace(config, kernels=("bias_gelu", "gelu")))
+    monkeypatch.setitem(kernels.KERNELS, "gelu", kernel)
+    monkeypatch.setattr(kernels, "TRITON", (*kernels.TRITON, "gelu"))
+    assert ",".join(kernels.operation_names("triton")) == TRITON
