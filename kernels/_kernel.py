@@ -62,8 +62,8 @@ class Kernel:
     """example(rows, config, dtype=, device=): a use with that many tokens and the widths of
     `config`. None for AdamW, which has no gradients."""
     ops: Callable[[GPTConfig], Mapping[str, Any]] = _no_operation
-    """The fields of `kernels.ops.Ops` that it replaces. Of kernels that replace the same, the last
-    one named runs. Loss and optimizer ask for their kernel by name."""
+    """The fields of `kernels.ops.Ops` that it replaces. Loss and optimizer ask for their kernel by
+    name."""
     automatic: Callable[[RunConfig], bool] = _every_run
     """Whether `--kernels auto` takes it for this run."""
     refusal: Callable[[RunConfig, Card | None], str | None] = _no_reason

@@ -392,7 +392,7 @@ def _example(rows: int, config: GPTConfig, **place: Any) -> Example:
 KERNEL = Kernel(
     "attention by batched products on a CPU",
     _example,
-    lambda config: {"packed_attention": _without_segments, "masks_segments": False},
+    lambda config: {"packed_attention": _without_segments},
     automatic=_is_automatic,
     refusal=_refusal,
     without="flash-attention",

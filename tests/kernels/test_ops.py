@@ -89,9 +89,3 @@ def test_the_model_computes_with_the_operations_it_is_given():
 def test_dropout_of_the_model_is_the_one_it_is_given():
     model = GPT(dataclasses.replace(SMALL, dropout=0.2), Ops())
     assert {type(m) for m in model.modules() if isinstance(m, nn.Dropout)} == {nn.Dropout}
-
-
-def test_the_kernel_named_last_decides_alone_who_keeps_documents_apart():
-    for names in (("attention", "cpu_attention"), ("cpu_attention", "attention")):
-        both, last = (ops_of(dataclasses.replace(SMALL, kernels=k)) for k in (names, names[1:]))
-        assert both == last
