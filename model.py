@@ -127,10 +127,9 @@ class Attention(nn.Module):
         query_index: Tensor | None,
     ) -> Tensor:
         """x (B, T, n_embd) to the same shape; with query_index (B,), to (B, 1, n_embd)."""
-        B, T, _ = x.shape
         dropout = self.dropout if self.training else 0.0
         if self.ops.packed_attention and mask is None and extend is no_extension:
-            qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
+            qkv = self.c_attn(x).view(*x.shape[:2], 3, self.n_head, -1)
             y = self.ops.packed_attention(qkv, segments, dropout)  # (B, T, n_head, head_dim)
         else:
             q, k, v = self.ops.split_heads(self.c_attn.product, x, self.c_attn.bias, self.n_head)

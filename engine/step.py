@@ -146,7 +146,7 @@ class TrainStep:
             self.synced = DistributedDataParallel(
                 self.module, device_ids=ids, gradient_as_bucket_view=True
             )
-            self.settled = False
+            self.settled = self.world.size < 3
         elif self.cfg.cuda_graphs:
             # A gradient that a CUDA graph returns lies in the graph's memory, which the next replay
             # overwrites. Gradients that exist already are added to in place.
@@ -172,8 +172,8 @@ class TrainStep:
         self.model.train()
         if not self.settled:
             # After its first backward pass DDP divides the gradients into other buckets. The sums of
-            # three ranks or more depend on the buckets in their last bits. So a pass without weight
-            # comes first: else a resumed run would have other bits.
+            # three ranks or more depend on the buckets in their last bits (those of two do not). So
+            # a pass without weight comes first: else a resumed run would have other bits.
             self._backward(data.spare, False, self.task.terms, {})
             self.zero_grad()
             self.settled = True

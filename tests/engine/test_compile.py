@@ -162,5 +162,5 @@ def test_a_compiler_older_than_the_processor_is_not_trusted(monkeypatch, tmp_pat
         pytest.skip("needs a C++ compiler and an x86 processor with vector instructions")
     assert compiler_knows_processor()
     monkeypatch.setenv("CXX", str(old))
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, str(old)))
-    assert not compiler_knows_processor()
+    with inductor.patch({"cpp.cxx": (None, str(old))}):
+        assert not compiler_knows_processor()

@@ -208,13 +208,13 @@ def test_two_ranks_killed_stopped_and_resumed_on_another_number(folder: Path) ->
     for ranks in (1, 2):
         ends = launch(folder, [*words, "--out", f"on{ranks}"], ranks=ranks)
         assert [end.code for end in ends] == [0, 0][:ranks], ends
-    ends = launch(folder, words, functools.partial(die, "micro-batch", 10, on=1), ranks=2)
+    ends = launch(folder, words, functools.partial(die, "micro-batch", 9, on=1), ranks=2)
     # Rank 0 does not wait for the dead rank.
     assert [end.code for end in ends] == [1, -signal.SIGKILL], ends
     assert checkpoint_steps(folder / "run") == [3]  # and finishes the save under way
     # Only one rank gets the signal. Both stop at the same point, two micro-batches later.
     for where, nth, on, number, step in (
-        ("micro-batch", 4, 1, INT, 5),  # the first settles DDP's buckets
+        ("micro-batch", 3, 1, INT, 5),
         ("evaluation", 2, 0, TERM, 6),
     ):
         processes = start(
@@ -388,7 +388,7 @@ def die_twice() -> None:
     """Under torchrun, kill rank 1 in the first start, rank 0 in the second, none in the third."""
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if life < 2:
-        die("micro-batch", (10, 6)[life], on=(1, 0)[life])
+        die("micro-batch", (9, 5)[life], on=(1, 0)[life])
 
 
 def test_torchrun_restarts_killed_ranks(folder: Path) -> None:
