@@ -111,6 +111,9 @@ def test_a_gpus_ledger_counts_the_generated_code(monkeypatch, tmp_path, capsys):
     assert "all-reduce" in text and "No run exceeds" in text
     assert (tmp_path / "ledger-h200.png").read_bytes().startswith(b"\x89PNG")
     (case,) = json.loads((tmp_path / "ledger-h200.json").read_text(encoding="utf-8"))["cases"]
+    if "uncounted" in case:
+        assert torch.__version__ != "2.13.0+cpu", case["uncounted"]
+        pytest.skip(case["uncounted"])
     moved, bound = case["generated"], {op["name"]: op["bytes"] for op in case["operations"]}
     stack = 2 * 6 * (3 * 32) * size["n_embd"]  # and the sums for the biases
     assert stack <= moved["stack of dq, dk, dv"] < 1.02 * stack
