@@ -217,13 +217,13 @@ class Timing:
     def attention(self, sequences: int) -> Call:
         """Causal attention of packed qkv, as model.Attention calls it."""
         H, C = self.config.n_head, self.config.n_embd
-        qkv = self._random(sequences, self.seq_len, 3, H, C // H)
+        qkv, bias = self._random(sequences, self.seq_len, 3, H, C // H), self._random(3 * C)
 
         def forward() -> Tensor:
             if self.ops.packed_attention:
                 y = self.ops.packed_attention(qkv, None, 0.0)
             else:
-                q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+                q, k, v = self.ops.split_heads(lambda x, _: x, qkv.flatten(2), bias, H)
                 y = self.ops.attention(q, k, v, None, 0.0).transpose(1, 2)
             return y.reshape(sequences, -1, C)
 

@@ -150,7 +150,7 @@ def main() -> None:
     if not config.checkpoint:
         raise UserError("no checkpoint is named; type python -m tools.serve CHECKPOINT")
     try:
-        import starlette  # noqa: F401
+        import starlette  # noqa: F401  here only to see whether it is there
         import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("serving needs starlette and uvicorn: pip install '.[serve]'") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import random
 from typing import Any
 
@@ -18,6 +19,7 @@ from decoding import fixed
 from decoding.batched import generate
 from decoding.fixed import FixedDecoder, State, next_token
 from decoding.options import DecodeConfig
+from kernels.attention import explicit_attention
 from model import GPT
 
 CONTEXT = 32
@@ -163,6 +165,9 @@ def test_a_step_is_one_graph_and_is_traced_once(model: GPT) -> None:
         made = generate(model, rows, options, None, seed=seed, fixed=decoder)
         assert made == generate(model, rows, options, None, seed=seed)
     assert len(graphs) == 1
+    # It computes with operations of its own, on the model's weights.
+    assert decoder.stepped.ops.attention is explicit_attention is not model.ops.attention
+    assert all(map(operator.is_, decoder.stepped.parameters(), model.parameters()))
     for count_of_rows in (3, 4, 5):  # old shapes make room
         generate(model, prompts(count_of_rows, 12), options, None, fixed=decoder)
         assert len(decoder.steps) <= fixed.KEPT_STEPS
